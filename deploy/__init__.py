@@ -1,0 +1,1 @@
+"""Deployment files; holds no logic."""

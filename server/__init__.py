@@ -1,0 +1,1 @@
+"""The coordinator: one ServerApp that aggregates what hospitals report."""

@@ -1,0 +1,1 @@
+"""Sample hospitals, local simulation, reports and benchmarks."""

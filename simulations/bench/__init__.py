@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m simulations.bench.NAME` prints a table and one JSON line."""

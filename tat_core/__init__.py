@@ -1,0 +1,1 @@
+"""TAT, its data, training and evaluation: everything a lone hospital can use. Never imports Flower."""

@@ -1,0 +1,1 @@
+"""Presets of a run, composed by Hydra."""

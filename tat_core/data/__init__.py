@@ -1,0 +1,1 @@
+"""A hospital's images: reading, degrading, preparing, sampling."""
