@@ -1,81 +1,282 @@
-"""Typed configuration of a run. The sole importer of hydra."""
+"""Typed configuration of a run: presets in ``tat_core/conf/*.yaml``, overrides as ``key=value``. The sole importer of hydra.
+
+This is what the coordinator's researcher decides. What a hospital decides (paths, tasks it offers, limits) is its ``site.yaml``.
+Every value is checked when a configuration is built, so that nothing starts with a wrong one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+import shlex
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tat_core.settings import (
+    Config,
+    Relations,
+    describe_type,
+    fault,
+    from_plain,
+    known_keys,
+    setting,
+    to_plain,
+    unknown_key,
+    validate,
+)
+from tat_core.tasks import TASKS
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# hydra keeps its initialisation in a process-wide singleton.
+_HYDRA_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Size and variants of the TAT network; the defaults are the published ones."""
 
-    dim: int = 48
-    num_blocks: tuple[int, int, int, int] = (4, 6, 6, 8)
-    num_refinement_blocks: int = 4
-    heads: tuple[int, int, int, int] = (1, 2, 4, 8)
-    ffn_expansion: float = 2.66
-    tren_features: int = 64
-    tren_code: int = 256
-    kernel_init: str = "published"  # published: generated kernels start at zero weight; awake: they matter from the first step
+    dim: int = setting(48, "Channels at full resolution; they double at each of the three coarser levels.", at_least=2)
+    num_blocks: tuple[int, int, int, int] = setting((4, 6, 6, 8), "Transformer blocks at each level, finest first.", at_least=1)
+    num_refinement_blocks: int = setting(4, "Blocks after the last decoder level, at full resolution.", at_least=0)
+    heads: tuple[int, int, int, int] = setting((1, 2, 4, 8), "Attention heads at each level, finest first.", at_least=1)
+    ffn_expansion: float = setting(2.66, "Hidden channels of the feed-forward part, as a multiple of its input.", above=0.0)
+    tren_features: int = setting(64, "Channels inside the task representation network (TREN).", at_least=1)
+    tren_code: int = setting(256, "Length of the code from which every depth-wise kernel is generated.", at_least=1)
+    kernel_init: str = setting(
+        "published",
+        "published: generated kernels start with zero weight; awake: they matter from the first step.",
+        choices=("published", "awake"),
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def relations(self) -> Relations:
+        yield "dim", "even (TREN sees dim / 2 channels)", self.dim % 2 == 0
+        for level, heads in enumerate(self.heads):
+            channels = self.dim * 2**level
+            yield "heads", f"divisors of the levels' channels ({channels} at level {level + 1})", channels % heads == 0
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The local training loop."""
 
-    patch_size: int = 128
-    batch_size: int = 4
-    local_steps: int = 100
-    lr: float = 2e-4
-    lr_min: float = 1e-7
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-4
-    schedule: str = "cosine"  # over num_rounds * local_steps; or constant
-    loss: str = "balanced"  # balanced | l1
-    ema_decay: float = 0.999  # 0 switches it off
-    num_threads: int = 1
+    patch_size: int = setting(128, "Side of a square training patch, in pixels.", at_least=16)
+    batch_size: int = setting(4, "Patches in one optimiser step.", at_least=1)
+    local_steps: int = setting(100, "Optimiser steps that every site takes in a round, whatever its size.", at_least=1)
+    lr: float = setting(2e-4, "Learning rate of AdamW at the first step.", above=0.0)
+    lr_min: float = setting(1e-7, "Learning rate at the last step of a cosine schedule.", at_least=0.0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.99), "AdamW's decay rates of the first and second moment.", at_least=0.0, below=1.0
+    )
+    weight_decay: float = setting(1e-4, "AdamW's weight decay.", at_least=0.0)
+    schedule: str = setting(
+        "cosine", "Learning rate over num_rounds * train.local_steps: cosine or constant.", choices=("cosine", "constant")
+    )
+    loss: str = setting("balanced", "balanced: L1 weighted by the loss balancer; l1: plain L1.", choices=("balanced", "l1"))
+    ema_decay: float = setting(0.999, "Decay per step of the averaged weights; 0 switches them off.", at_least=0.0, below=1.0)
+    num_threads: int = setting(1, "CPU threads of one site; part of what makes a run repeat bit for bit.", at_least=1)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def relations(self) -> Relations:
+        yield "lr_min", f"of at most train.lr = {self.lr}", self.lr_min <= self.lr
 
 
 @dataclass(frozen=True)
 class BalanceConfig:
     """How a task's loss statistics become its weight."""
 
-    kind: str = "closed_form"  # closed_form | published | equal | count
-    smoothing: float = 0.5
+    kind: str = setting(
+        "closed_form",
+        "closed_form: the optimum of the published balancer; published: its network; equal; count: by number of samples.",
+        choices=("closed_form", "published", "equal", "count"),
+    )
+    smoothing: float = setting(0.5, "Share of the previous round's weight that is kept.", at_least=0.0, below=1.0)
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass(frozen=True)
 class FederationConfig:
     """Rounds at the coordinator."""
 
-    num_sites: int = 6
-    wait_timeout_s: float = 120.0
-    round_timeout_s: float = 3600.0
-    server_lr: float = 1.0
-    evaluate_every: int = 1
+    num_sites: int = setting(6, "Hospitals to wait for before the first round.", at_least=1)
+    wait_timeout_s: float = setting(120.0, "Longest wait for them, in seconds.", above=0.0)
+    round_timeout_s: float = setting(3600.0, "Longest wait for the replies of one round, in seconds.", above=0.0)
+    server_lr: float = setting(1.0, "Share of the combined update that is applied.", above=0.0)
+    evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)
+
+    def __post_init__(self) -> None:
+        validate(self)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Tiled restoration and how much of the validation set is scored each time."""
 
-    tile_size: int = 256
-    tile_overlap: int = 32
-    max_validation_slices: int = 4
+    tile_size: int = setting(256, "Side of a tile, in pixels; a smaller image is restored whole.", at_least=16)
+    tile_overlap: int = setting(32, "Pixels that neighbouring tiles share.", at_least=0)
+    max_validation_slices: int = setting(4, "Validation slices that a site scores in an evaluation.", at_least=1)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def relations(self) -> Relations:
+        yield "tile_overlap", f"below evaluate.tile_size = {self.tile_size}", self.tile_overlap < self.tile_size
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything the coordinator decides about a run."""
 
-    name: str = "run"
-    preset: str = "paper"
-    output_dir: str = "runs"
-    seed: int = 42
-    num_rounds: int = 100
-    tasks: tuple[str, ...] = ("CT", "MRI", "PET")
+    name: str = setting("run", "Name of the run, and of its folder.")
+    preset: str = setting("paper", "The preset that the run started from; set by choosing the preset, not by an override.")
+    output_dir: str = setting("runs", "Folder that holds the folders of the runs.")
+    seed: int = setting(42, "Seed of everything random.", at_least=0, below=2**32)
+    num_rounds: int = setting(100, "Rounds of training.", at_least=1)
+    tasks: tuple[str, ...] = setting(("CT", "MRI", "PET"), "Restoration tasks to train.", choices=tuple(TASKS))
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def relations(self) -> Relations:
+        for key in ("name", "preset"):
+            is_safe = _SAFE_NAME.fullmatch(getattr(self, key)) is not None
+            yield key, "1 to 100 letters, digits, '.', '_' or '-', the first a letter or digit", is_safe
+        yield "output_dir", "a folder", bool(self.output_dir.strip())
+        yield "tasks", "one or more tasks, none twice", 0 < len(self.tasks) == len(set(self.tasks))
+
+
+def load_config(preset: str, overrides: Sequence[str] | str = ()) -> RunConfig:
+    """Resolve a preset and its overrides into a checked configuration.
+
+    Parameters
+    ----------
+    preset : str
+        One of `preset_names`.
+    overrides : sequence of str, or str
+        ``key=value`` items, keys dotted (``train.lr=1e-3``), tuples as ``[1,2,4,8]``; one string is split as a shell would. The
+        last one wins. Interpolation (``${...}``) is refused: a site resolves what the coordinator wrote, and must not read its
+        own environment into a run.
+
+    Returns
+    -------
+    RunConfig
+        With `RunConfig.preset` set to `preset`.
+
+    Raises
+    ------
+    ValueError
+        Unknown preset or key, wrong type, or a value out of range; the message names the key.
+    """
+    if preset not in preset_names():
+        raise ValueError(f"config: expected a preset among {', '.join(preset_names())}, got {preset!r}; choose one of them")
+    items = _split_overrides(overrides)
+    for item in items:
+        _check_override(item, preset)
+    with _HYDRA_LOCK, initialize_config_module("tat_core.conf", version_base="1.3"):
+        ConfigStore.instance().store(name="base", node=_schema())
+        composed = _compose(preset, items)
+    return replace(config_from_dict(composed), preset=preset)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the presets that come with the package, sorted."""
+    files = resources.files("tat_core.conf").iterdir()
+    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in files if entry.name.endswith(".yaml")))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain dicts, lists, numbers and strings, fit for JSON or YAML."""
+    return to_plain(config)
+
+
+def config_from_dict(values: Mapping[str, Any], kind: type[Config] = RunConfig) -> Config:  # type: ignore[assignment]
+    """Build a configuration dataclass from what `config_to_dict` gave, also after a trip through JSON or YAML.
+
+    Parameters
+    ----------
+    values : mapping
+        A key that is absent takes its default, so that a file written before the key existed still loads.
+    kind : type, optional
+        `RunConfig` or one of its sections.
+
+    Raises
+    ------
+    ValueError
+        Unknown key, wrong type, or a value out of range; the message names the key.
+    """
+    return from_plain(values, kind)
+
+
+def _split_overrides(overrides: Sequence[str] | str) -> list[str]:
+    if not isinstance(overrides, str):
+        return [str(item) for item in overrides]
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ValueError(
+            f"config: expected overrides like 'key=value key=value', got {overrides!r} ({error}); close it"
+        ) from None
+
+
+def _check_override(item: str, preset: str) -> None:
+    key, equals, value = item.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        raise ValueError(f"config: expected key=value, got {item!r}; see the keys with 'tat config show {preset}'")
+    if "${" in value:
+        raise ValueError(f"config: expected a plain value for {key}, got {value!r}; write the value itself")
+    known = known_keys(RunConfig)
+    if any(name.startswith(key + ".") for name in known):
+        inner = next(name for name in known if name.startswith(key + "."))
+        raise ValueError(f"config: expected a single setting, got the section {key!r}; set its keys, such as {inner}=...")
+    if key not in known:
+        raise unknown_key(key, known)
+    if key == "preset" and value != preset:
+        raise ValueError(f"config: expected preset {preset!r} to stand, got {item!r}; name the preset once")
+
+
+def _schema() -> DictConfig:
+    """The defaults with their types. Frozen dataclasses come out read-only, which would keep presets and overrides out."""
+    schema = OmegaConf.structured(RunConfig)
+    for node in (schema, *(schema[entry.name] for entry in fields(RunConfig) if OmegaConf.is_config(schema[entry.name]))):
+        OmegaConf.set_readonly(node, None)
+    return schema
+
+
+def _compose(preset: str, items: list[str]) -> dict[str, Any]:
+    try:
+        composed = OmegaConf.to_container(compose(preset, overrides=items), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _composition_fault(preset, items, error) from None
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
+
+
+def _composition_fault(preset: str, items: list[str], error: BaseException) -> ValueError:
+    """Say in our words which override hydra could not take; each is tried alone, since hydra does not always name it."""
+    for item in items:
+        try:
+            compose(preset, overrides=[item])
+        except (HydraException, OmegaConfBaseException):
+            key, _, value = item.partition("=")
+            return fault(key, describe_type(known_keys(RunConfig)[key][0]), value)
+    reason = str(error.__cause__ or error).splitlines()[0]
+    return ValueError(f"config: expected {preset}.yaml to hold known keys and right types, got: {reason}; mend the file")
