@@ -99,8 +99,8 @@ class BalanceConfig:
 
     kind: str = setting(
         "closed_form",
-        "closed_form: the optimum of the published balancer; published: its network; equal; count: by number of samples.",
-        choices=("closed_form", "published", "equal", "count"),
+        "closed_form: the optimum of the published balancer; equal; count: by number of samples.",
+        choices=("closed_form", "equal", "count"),
     )
     smoothing: float = setting(0.5, "Share of the previous round's weight that is kept.", at_least=0.0, below=1.0)
 
@@ -129,6 +129,9 @@ class EvaluateConfig:
     tile_size: int = setting(256, "Side of a tile, in pixels; a smaller image is restored whole.", at_least=16)
     tile_overlap: int = setting(32, "Pixels that neighbouring tiles share.", at_least=0)
     max_validation_slices: int = setting(4, "Validation slices that a site scores in an evaluation.", at_least=1)
+    required_gain_db: float | None = setting(
+        None, "Mean PSNR gain over the input that every task must reach in a simulation, in dB; null asks for none."
+    )
 
     def __post_init__(self) -> None:
         validate(self)
@@ -146,6 +149,7 @@ class RunConfig:
     output_dir: str = setting("runs", "Folder that holds the folders of the runs.")
     seed: int = setting(42, "Seed of everything random.", at_least=0, below=2**32)
     num_rounds: int = setting(100, "Rounds of training.", at_least=1)
+    resume: bool = setting(False, "Go on with the run in the folder, if it holds one, instead of refusing it.")
     tasks: tuple[str, ...] = setting(("CT", "MRI", "PET"), "Restoration tasks to train.", choices=tuple(TASKS))
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
