@@ -1,0 +1,1 @@
+"""The TAT network."""
