@@ -53,7 +53,7 @@ def test_paper_is_the_published_set_up() -> None:
     )
     assert (config.train.patch_size, config.train.batch_size, config.train.ema_decay, config.seed) == (128, 4, 0.999, 42)
     assert config.num_rounds * config.train.local_steps == 400_000
-    assert config.balance.kind == "published"
+    assert config.balance.kind == "closed_form"
     assert config.train.loss == "balanced"
 
 
@@ -213,7 +213,7 @@ def test_every_setting_has_documentation_and_a_key_that_names_its_place() -> Non
     hints = get_type_hints(RunConfig)
     for entry in fields(RunConfig):
         if is_dataclass(hints[entry.name]):
-            assert key_prefix(hints[entry.name]) == f"{entry.name}."  # type: ignore[arg-type]
+            assert key_prefix(hints[entry.name]) == f"{entry.name}."
     undocumented = [key for key, (_, doc) in known_keys(RunConfig).items() if not doc.endswith(".")]
     assert undocumented == [], "declare these with setting(default, 'one sentence.')"
 
