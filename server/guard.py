@@ -1,0 +1,61 @@
+"""What a reply must be before it may touch the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from tat_core.packet import Packet, metrics_to_stats
+
+
+def fault_in(
+    reply: Packet, *, model: Mapping[str, np.ndarray], round_number: int, base: str, tasks: tuple[str, ...], max_samples: int
+) -> str | None:
+    """Why a reply must not be aggregated, as a code; None if it may.
+
+    Parameters
+    ----------
+    reply : Packet
+    model : mapping of parameter name to float32 array
+        The model that was sent; an update has its names, shapes and type.
+    round_number, base : int, str
+        The round that is open and the hash of its model.
+    tasks : tuple of str
+        Tasks that the site said it has.
+    max_samples : int
+        Samples that the site was asked to train on; no count may be above it.
+    """
+    if reply.error is not None:
+        return reply.error
+    if reply.config.get("round") != round_number or reply.config.get("base") != base:
+        return "STALE"
+    if set(reply.arrays) != set(model):
+        return "WRONG_NAMES"
+    for name, value in reply.arrays.items():
+        if value.shape != model[name].shape:
+            return "WRONG_SHAPE"
+        if value.dtype != np.float32:
+            return "WRONG_TYPE"
+        if not np.isfinite(value).all():
+            return "NOT_FINITE"
+    return _fault_in_statistics(reply, tasks, max_samples)
+
+
+def _fault_in_statistics(reply: Packet, tasks: tuple[str, ...], max_samples: int) -> str | None:
+    try:
+        stats = metrics_to_stats(reply.metrics)
+    except (KeyError, TypeError):
+        return "BAD_STATISTICS"
+    if not stats or not set(stats) <= set(tasks):
+        return "WRONG_TASKS"
+    for s in stats.values():
+        if not isinstance(s.count, int) or not 0 < s.count <= max_samples:
+            return "BAD_COUNT"
+        # Images are in [0, 1] but the network's output may overshoot: an L1 of 10 is far outside anything that trains.
+        sums = (s.input_sum, s.change_sum, s.loss_sum, s.loss_square_sum)
+        limits = (s.count, 10.0 * s.count, 10.0 * s.count, 100.0 * s.count)
+        if not all(math.isfinite(value) and 0 <= value <= limit for value, limit in zip(sums, limits, strict=True)):
+            return "BAD_STATISTICS"
+    return None

@@ -1,0 +1,166 @@
+"""A run on disk: its state after each round, its record, and what can be trusted of them after a crash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from tat_core.balance import BalanceState
+from tat_core.checkpoint import replacing
+from tat_core.config import RunConfig, config_from_dict, config_to_dict
+
+log = logging.getLogger("fed_tat.server")
+
+KEPT_STATES = 2
+AVERAGE = "average/"
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that the next round depends on.
+
+    Attributes
+    ----------
+    round : int
+        The last round completed; 0 before the first.
+    model : dict of parameter name to float32 array
+    average : dict of parameter name to float32 array
+        Exponential moving average of the models: what is scored and released. Empty if ``train.ema_decay`` is 0.
+    balance : BalanceState
+    best_round : int
+        The round whose model had the highest mean gain on the validation patients; 0 if none was scored.
+    best_gain_db : float
+        That gain: mean over tasks of PSNR(restored) − PSNR(input), in dB.
+    """
+
+    round: int
+    model: dict[str, np.ndarray]
+    balance: BalanceState
+    average: dict[str, np.ndarray] = field(default_factory=dict)
+    best_round: int = 0
+    best_gain_db: float = float("-inf")
+
+    @property
+    def released(self) -> dict[str, np.ndarray]:
+        """The parameters that are scored and handed out."""
+        return self.average or self.model
+
+
+def start_run(folder: Path, config: RunConfig) -> None:
+    """Make the run's folder and write its configuration.
+
+    Raises
+    ------
+    ValueError
+        The folder holds a run already.
+    """
+    if (folder / "config.yaml").exists():
+        raise ValueError(
+            f"start run: expected a new run folder, got {folder}, which holds a run; "
+            "choose another name=… or go on with it by resume=true"
+        )
+    (folder / "journal").mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a run was started with."""
+    return config_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+def save_state(folder: Path, state: ServerState) -> None:
+    """Write the state after a round; the manifest, written last, is what makes it valid. Older states beyond two are removed."""
+    journal = folder / "journal"
+    arrays = journal / f"{state.round:06d}.safetensors"
+    with replacing(arrays) as temporary:
+        average = {AVERAGE + name: value for name, value in state.average.items()}
+        save_file({name: np.ascontiguousarray(value) for name, value in {**state.model, **average}.items()}, temporary)
+    manifest = {
+        "round": state.round,
+        "names": list(state.model),
+        "sha256": _file_hash(arrays),
+        "balance": asdict(state.balance),
+        "best_round": state.best_round,
+        "best_gain_db": state.best_gain_db if state.best_round else None,
+    }
+    with replacing(journal / f"{state.round:06d}.json") as temporary:
+        temporary.write_text(json.dumps(manifest))
+    for old in sorted(journal.glob("*.json"))[:-KEPT_STATES]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_state(folder: Path) -> ServerState | None:
+    """The newest state that verifies; a torn or damaged one is reported and passed over. None if there is none."""
+    for path in sorted((folder / "journal").glob("*.json"), reverse=True):
+        try:
+            manifest = json.loads(path.read_text())
+            if _file_hash(path.with_suffix(".safetensors")) != manifest["sha256"]:
+                raise ValueError("its arrays do not have the stated sha256")
+            arrays = load_file(path.with_suffix(".safetensors"))
+            gain = manifest["best_gain_db"]
+            return ServerState(
+                manifest["round"],
+                {name: arrays[name] for name in manifest["names"]},
+                BalanceState(**manifest["balance"]),
+                {name: arrays[AVERAGE + name] for name in manifest["names"] if AVERAGE + name in arrays},
+                manifest["best_round"],
+                float("-inf") if gain is None else gain,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("journal: the state %s is damaged (%s); the one before it is tried", path.stem, error)
+    return None
+
+
+def append_record(folder: Path, record: dict[str, Any]) -> None:
+    """Add one round's line to rounds.jsonl, durably."""
+    with open(folder / "rounds.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewind_record(folder: Path, last_round: int) -> None:
+    """Drop the lines of rounds after `last_round`, whose state did not survive, and a torn last line."""
+    path = folder / "rounds.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["round"] <= last_round:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def spool_folder(folder: Path, round_number: int) -> Path:
+    """Where a round's replies are kept until it is closed."""
+    path = folder / "spool" / f"{round_number:06d}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def clear_spool(folder: Path, last_round: int) -> None:
+    """Remove the replies of rounds whose state is journalled."""
+    for path in (folder / "spool").glob("*"):
+        if int(path.name) <= last_round:
+            shutil.rmtree(path)
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,59 @@
+"""Validation scores: from the sums and counts that sites report to means by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from tat_core.evaluate import Scores
+
+ARMS = ("input", "restored")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One task's scores over all sites that reported it.
+
+    Attributes
+    ----------
+    input, restored : Scores
+        Of the images as given, and as the model restored them.
+    """
+
+    input: Scores
+    restored: Scores
+
+    @property
+    def gain_db(self) -> float:
+        """Mean PSNR of the restored slices minus that of the inputs, in dB."""
+        return self.restored.mean()["psnr"] - self.input.mean()["psnr"]
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Means and counts, for the round's record."""
+        return {
+            arm: {**scores.mean(), "count": scores.count} for arm, scores in (("input", self.input), ("restored", self.restored))
+        }
+
+
+def pool_scores(metrics: Mapping[str, Mapping[str, int | float]], tasks: tuple[str, ...]) -> dict[str, Validation]:
+    """Add up the sites' scores, in the order of site names; tasks that nobody scored are absent."""
+    names = [f.name for f in fields(Scores)]
+    pooled: dict[str, Validation] = {}
+    for site in sorted(metrics):
+        for task in tasks:
+            keys = {arm: [f"{task}.{arm}.{name}" for name in names] for arm in ARMS}
+            if all(key in metrics[site] for arm in ARMS for key in keys[arm]):
+                scores = {arm: Scores(*(metrics[site][key] for key in keys[arm])) for arm in ARMS}  # type: ignore[arg-type]
+                before = pooled.get(task)
+                pooled[task] = Validation(
+                    scores["input"] + before.input if before else scores["input"],
+                    scores["restored"] + before.restored if before else scores["restored"],
+                )
+    return pooled
+
+
+def mean_gain_db(validation: Mapping[str, Validation]) -> float | None:
+    """Mean over tasks of the gain over the input, in dB; None if nothing was scored."""
+    if not validation:
+        return None
+    return sum(v.gain_db for v in validation.values()) / len(validation)

@@ -1,0 +1,128 @@
+"""What the federated model is compared with: each hospital alone, and the images as they came; all scored on test images."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from ctypes import c_int64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.site import Site, load_site
+from client.work import name_seed
+from tat_core.checkpoint import arrays_of, load_model, save_model
+from tat_core.config import RunConfig
+from tat_core.data.prepared import PreparedSplit, open_split, prepare
+from tat_core.evaluate import Scores, evaluate_split, restore_image
+from tat_core.model.allocator import tune_allocator
+from tat_core.model.tat import build_model
+from tat_core.train import train
+
+ARMS = ("input", "alone", "together")
+
+_progress: Any = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One hospital's share of the work."""
+
+    site_file: Path
+    config: RunConfig
+    run_folder: Path
+
+    def alone_file(self, site: Site) -> Path:
+        """Where the model that this hospital trained alone is kept."""
+        return self.run_folder / "alone" / f"{site.name}.safetensors"
+
+
+def train_alone(job: Job) -> str:
+    """Train one hospital's own model: the same start, schedule and number of steps as in the federation."""
+    site, config = _begin(job)
+    model = build_model(config.model, config.seed)
+    rounds = config.num_rounds * config.train.local_steps
+    splits = {task: open_split(prepare(site.data[task]), "train") for task in config.tasks if task in site.data}
+    train(
+        model,
+        splits,
+        config.train,
+        rng=np.random.default_rng([config.seed, name_seed(site.name)]),
+        num_steps=rounds,
+        device=site.device,
+        on_step=_count_step,
+    )
+    job.alone_file(site).parent.mkdir(parents=True, exist_ok=True)
+    save_model(job.alone_file(site), arrays_of(model), config.model, {"site": site.name})
+    return site.name
+
+
+def score(job: Job) -> dict[str, Any]:
+    """Score one hospital's test images, by task and arm, and keep one slice as a panel for the report."""
+    site, config = _begin(job)
+    models = {
+        "alone": load_model(job.alone_file(site))[0].to(site.device),
+        "together": load_model(job.run_folder / "model.safetensors")[0].to(site.device),
+    }
+    result: dict[str, Any] = {"site": site.name, "scanner": site.scanner, "synthetic": site.synthetic, "tasks": {}}
+    for task in (t for t in config.tasks if t in site.data):
+        split = open_split(prepare(site.data[task]), "test")
+        scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}
+        result["tasks"][task] = {"input": scores["alone"]["input"], **{name: scores[name]["restored"] for name in models}}
+        _keep_panel(job.run_folder / "panels" / f"{site.name}.npz", models, split, config, site.device)
+    return result
+
+
+def in_parallel(
+    work: Callable[[Job], Any], jobs: Sequence[Job], workers: int, on_poll: Callable[[int], None] = lambda _: None
+) -> list[Any]:
+    """Do the jobs in processes of their own, in order of their results; `on_poll` gets the training steps done so far by all."""
+    context = mp.get_context("spawn")
+    steps = context.Value(c_int64, 0)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_share, initargs=(steps,)) as pool:
+        pending = [pool.submit(work, job) for job in jobs]
+        try:
+            while wait(pending, timeout=0.5).not_done:
+                on_poll(steps.value)
+            return [future.result() for future in pending]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _share(steps: Any) -> None:
+    global _progress
+    _progress = steps
+
+
+def _count_step(_done: int) -> None:
+    if _progress is not None:
+        with _progress.get_lock():
+            _progress.value += 1
+
+
+def _begin(job: Job) -> tuple[Site, RunConfig]:
+    torch.set_num_threads(job.config.train.num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    tune_allocator()
+    return load_site(job.site_file), job.config
+
+
+def _keep_panel(path: Path, models: dict[str, torch.nn.Module], split: PreparedSplit, config: RunConfig, device: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lq, hq = split.pair(len(split) // 2)
+    restored = {
+        name: restore_image(model, lq, split.task, config.evaluate.tile_size, config.evaluate.tile_overlap, device)
+        for name, model in models.items()
+    }
+    np.savez_compressed(path, lq=lq, hq=hq, **restored)
+
+
+def total_scores(results: Sequence[dict[str, Any]], task: str) -> dict[str, Scores]:
+    """Sum of the hospitals' scores of one task, by arm."""
+    parts = [result["tasks"][task] for result in results if task in result["tasks"]]
+    return {arm: sum((part[arm] for part in parts), Scores()) for arm in ARMS}

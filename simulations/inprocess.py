@@ -1,0 +1,43 @@
+"""The hospitals in this very process: the engine and the sites' code without Flower and Ray, for tests and experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from client.site import Site, load_site
+from client.work import describe, evaluate_round, handle, train_round
+from server.strategy import SiteInfo
+from tat_core.config import RunConfig
+from tat_core.packet import Packet
+
+ACTIONS = {"train": train_round, "evaluate": evaluate_round}
+
+
+class LocalSites:
+    """Hospitals that answer at once, one after the other, in the order in which they are asked.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Site folders, each with its ``site.yaml``.
+    config : RunConfig
+    """
+
+    def __init__(self, folders: Sequence[Path], config: RunConfig) -> None:
+        sites = [load_site(folder / "site.yaml") for folder in folders]
+        self._sites: dict[str, Site] = {site.name: site for site in sites}
+        self._config = config
+
+    def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
+        """The sites and their tasks."""
+        replies = {name: handle(describe, site, config, Packet()) for name, site in sorted(self._sites.items())}
+        return {
+            name: SiteInfo(tuple(str(reply.config["tasks"]).split(",")), str(reply.config["patients"]))
+            for name, reply in replies.items()
+        }
+
+    def ask(self, kind: str, instruction: Packet, names: Collection[str], timeout_s: float) -> Iterator[tuple[str, Packet]]:  # noqa: ARG002 - nobody is slow here
+        """Let each named site do its work."""
+        for name in names:
+            yield name, handle(ACTIONS[kind], self._sites[name], self._config, instruction)

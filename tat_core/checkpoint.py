@@ -1,0 +1,137 @@
+"""Model files: safetensors that carry their configuration and verify themselves, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tat_core.config import ModelConfig
+from tat_core.model.tat import TAT
+
+FORMAT = "fed-tat model 1"
+
+
+def arrays_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Copies of a model's parameters as float32 arrays, in the model's order."""
+    return {name: value.detach().cpu().numpy().astype(np.float32, copy=True) for name, value in model.state_dict().items()}
+
+
+def load_arrays(model: torch.nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Set a model's parameters from arrays of the same names and shapes."""
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()})
+
+
+def model_hash(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 over names, shapes, types and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}|{value.shape}|{value.dtype.str}|".encode())
+        digest.update(value.data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path whose file takes the place of `path` when the block ends well.
+
+    After any crash `path` is the old file or the whole new one: write, fsync, rename, fsync the folder.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig, extra: Mapping[str, Any] | None = None) -> str:
+    """Write a model file and return the hash of its parameters.
+
+    Parameters
+    ----------
+    path : Path
+    arrays : mapping of parameter name to float32 array
+    config : ModelConfig
+        What builds the network that these parameters fit.
+    extra : mapping, optional
+        JSON-able facts about the run: its name, round, seed, scores.
+
+    Returns
+    -------
+    str
+        `model_hash` of the parameters, also stored in the file and checked by `load_model`.
+    """
+    digest = model_hash(arrays)
+    metadata = {"format": FORMAT, "model": asdict(config), "sha256": digest, "extra": dict(extra or {})}
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"fed_tat": json.dumps(metadata, sort_keys=True)})
+    return digest
+
+
+def load_model(path: Path) -> tuple[TAT, dict[str, Any]]:
+    """Read a model file, verify it, and build its network in evaluation mode.
+
+    Returns
+    -------
+    model : TAT
+    metadata : dict
+        ``format``, ``model`` (the configuration), ``sha256``, ``extra``.
+
+    Raises
+    ------
+    ValueError
+        The file is not a fed-tat model, is damaged, or its parameters do not have the hash that it states.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"load model: expected a model file, got {path}, which does not exist; give the path of a .safetensors file"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stated = (file.metadata() or {}).get("fed_tat")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load model: expected a safetensors file, got {path.name} ({error}); copy the file again") from None
+    if stated is None:
+        raise ValueError(
+            f"load model: expected a file written by fed-tat, got {path.name} without its metadata; use a released model"
+        )
+    metadata = json.loads(stated)
+    digest = model_hash(arrays)
+    if digest != metadata["sha256"]:
+        raise ValueError(
+            f"load model: expected parameters with sha256 {metadata['sha256'][:12]}…, got {digest[:12]}…; "
+            "the file was changed after it was written: copy it again from the coordinator"
+        )
+    model = TAT(model_config_from(metadata["model"]))
+    load_arrays(model, arrays)
+    return model.eval(), metadata
+
+
+def model_config_from(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that `asdict` turned into JSON-able fields."""
+    return ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})

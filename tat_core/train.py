@@ -1,0 +1,109 @@
+"""The one training loop: a lone hospital, the pooled baseline and a federated site all call it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tat_core.config import TrainConfig
+from tat_core.data.patches import sample_batch
+from tat_core.data.prepared import PreparedSplit
+from tat_core.loss import TaskStats, add_stats, balanced_loss, count_by_task, optimal_square_weight, per_sample_l1
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one call of `train` did.
+
+    Attributes
+    ----------
+    stats : dict of task name to TaskStats
+    steps : int
+    seconds : float
+    """
+
+    stats: dict[str, TaskStats]
+    steps: int
+    seconds: float
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step counted over the whole run: constant, or cosine from ``lr`` to ``lr_min``."""
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, step / max(1, total_steps))
+    return config.lr_min + 0.5 * (config.lr - config.lr_min) * (1 + math.cos(math.pi * progress))
+
+
+def make_optimiser(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW as published (arXiv:2512.14550: β = 0.9, 0.99)."""
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True)
+
+
+def train(
+    model: torch.nn.Module,
+    splits: Mapping[str, PreparedSplit],
+    config: TrainConfig,
+    *,
+    rng: np.random.Generator,
+    num_steps: int,
+    first_step: int = 0,
+    total_steps: int | None = None,
+    device: str = "cpu",
+    optimiser: torch.optim.Optimizer | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> TrainResult:
+    """Train a model in place for a fixed number of steps.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Maps lq (B, 1, H, W) in [0, 1] to restored of the same shape.
+    splits : mapping of task name to PreparedSplit
+        Training slices; a batch draws its samples' tasks uniformly.
+    config : TrainConfig
+    rng : numpy.random.Generator
+        The only source of randomness: the same generator, model and data give the same weights on one machine.
+    num_steps, first_step, total_steps : int
+        Steps to do now; where they start in the learning-rate schedule, and its length (default: these steps alone).
+    device : str
+    optimiser : torch.optim.Optimizer, optional
+        To go on with its state; a fresh AdamW otherwise.
+    on_step : callable, optional
+        Called with the number of steps done.
+
+    Raises
+    ------
+    ValueError
+        The loss became infinite or NaN; the model must not be used.
+    """
+    total = total_steps if total_steps is not None else first_step + num_steps
+    optimiser = optimiser or make_optimiser(model, config)
+    model.to(device).train()
+    stats: dict[str, TaskStats] = {}
+    started = time.perf_counter()
+    for done in range(num_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(config, first_step + done, total)
+        batch = sample_batch(splits, config.batch_size, config.patch_size, rng)
+        lq, hq = batch.lq.to(device), batch.hq.to(device)
+        restored = model(lq)
+        loss = per_sample_l1(restored, hq)
+        objective = loss.mean() if config.loss == "l1" else balanced_loss(loss, optimal_square_weight(loss.detach()))
+        optimiser.zero_grad(set_to_none=True)
+        objective.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        stats = add_stats(stats, count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach()))
+        if not all(math.isfinite(s.loss_sum) for s in stats.values()):
+            raise ValueError(
+                f"train: expected a finite loss, got {objective.item()} at step {first_step + done}; "
+                "lower train.lr or check the data"
+            )
+        if on_step is not None:
+            on_step(done + 1)
+    return TrainResult(stats, num_steps, time.perf_counter() - started)

@@ -1,0 +1,63 @@
+"""Every way in which a reply can be unfit is named and kept out of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import good_reply
+
+from server.guard import fault_in
+from tat_core.packet import Packet
+
+MODEL = {"embed.weight": np.zeros((2, 3), np.float32), "output.weight": np.zeros(4, np.float32)}
+INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc"})
+
+
+def _fault(reply: Packet) -> str | None:
+    return fault_in(reply, model=MODEL, round_number=2, base="abc", tasks=("CT",), max_samples=8)
+
+
+def _with_array(value: np.ndarray) -> Callable[[Packet], Packet]:
+    return lambda reply: replace(reply, arrays={**reply.arrays, "embed.weight": value})
+
+
+def _with(**metrics: Any) -> Callable[[Packet], Packet]:
+    renamed = {key.replace("_", ".", 1): value for key, value in metrics.items()}
+    return lambda reply: replace(reply, metrics={**reply.metrics, **renamed})
+
+
+def test_a_good_reply_passes() -> None:
+    assert _fault(good_reply("a-ct", INSTRUCTION)) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "spoil"),
+    [
+        ("OUT_OF_MEMORY", lambda r: Packet(config={"error": "OUT_OF_MEMORY"})),
+        ("STALE", lambda r: replace(r, config={**r.config, "round": 1})),
+        ("STALE", lambda r: replace(r, config={**r.config, "base": "other"})),
+        ("STALE", lambda r: replace(r, config={})),
+        ("WRONG_NAMES", lambda r: replace(r, arrays={**r.arrays, "extra": np.zeros(1, np.float32)})),
+        ("WRONG_NAMES", lambda r: replace(r, arrays={})),
+        ("WRONG_SHAPE", _with_array(np.zeros((1, 3), np.float32))),
+        ("WRONG_TYPE", _with_array(np.zeros((2, 3), np.float64))),
+        ("NOT_FINITE", _with_array(np.full((2, 3), np.nan, np.float32))),
+        ("NOT_FINITE", _with_array(np.full((2, 3), np.inf, np.float32))),
+        ("BAD_COUNT", _with(CT_count=-4)),
+        ("BAD_COUNT", _with(CT_count=0)),
+        ("BAD_COUNT", _with(CT_count=9)),
+        ("BAD_COUNT", _with(CT_count=2.5)),
+        ("BAD_STATISTICS", _with(CT_loss_sum=float("nan"))),
+        ("BAD_STATISTICS", _with(CT_loss_sum=-1.0)),
+        ("BAD_STATISTICS", _with(CT_input_sum=1e12)),
+        ("BAD_STATISTICS", lambda r: replace(r, metrics={"CT.loss_sum": 1.0})),
+        ("WRONG_TASKS", lambda r: replace(r, metrics={})),
+        ("WRONG_TASKS", lambda r: replace(r, metrics={k.replace("CT", "PET"): v for k, v in r.metrics.items()})),
+    ],
+)
+def test_an_unfit_reply_is_named(code: str, spoil: Callable[[Packet], Packet]) -> None:
+    assert _fault(spoil(good_reply("a-ct", INSTRUCTION))) == code

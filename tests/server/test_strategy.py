@@ -1,0 +1,146 @@
+"""A run over hospitals that answer by rule: what a round makes of good, late, bad and missing replies, and of a crash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SITES, RuleSites, good_reply
+
+from server import journal
+from server.strategy import begin, run
+from tat_core.checkpoint import load_model, model_hash
+from tat_core.config import RunConfig
+from tat_core.packet import Packet
+
+
+def _records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, num_rounds=1)
+    before = begin(config, tmp_path / "reference").model
+    instruction = Packet(before, {}, {"round": 1, "base": model_hash(before)})
+    updates = {name: good_reply(name, instruction).arrays for name in SITES}
+    state = run(config, RuleSites(), tmp_path / "run")
+    for name, value in before.items():
+        ct = (updates["a-ct"][name] + updates["b-ct"][name]) / 2
+        expected = value + (ct + updates["c-mri"][name] + updates["d-pet"][name]) / 3
+        np.testing.assert_allclose(state.model[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_order_of_replies_does_not_matter(config: RunConfig, tmp_path: Path) -> None:
+    first = run(config, RuleSites(), tmp_path / "first")
+    second = run(config, RuleSites(order=lambda names: sorted(names, reverse=True)), tmp_path / "second")
+    assert model_hash(first.model) == model_hash(second.model)
+    assert model_hash(first.average) == model_hash(second.average)
+
+
+def test_what_a_run_leaves_behind(config: RunConfig, tmp_path: Path) -> None:
+    state = run(config, RuleSites(), tmp_path / "run")
+    records = _records(tmp_path / "run")
+    assert [record["round"] for record in records] == [1, 2, 3]
+    assert records[-1]["model_sha256"] == model_hash(state.model)
+    assert records[-1]["mean_gain_db"] == pytest.approx(3.0)
+    assert set(records[-1]["cosines"]) == {"CT-MRI", "CT-PET", "MRI-PET"}
+    assert sum(task["aggregation_weight"] for task in records[-1]["tasks"].values()) == pytest.approx(1.0)
+    # A lower loss means a higher weight in the published balancer; MRI and PET sites have the longer names, thus losses.
+    assert records[0]["tasks"]["CT"]["task_weight"] > records[0]["tasks"]["PET"]["task_weight"]
+    _, metadata = load_model(tmp_path / "run" / "model.safetensors")
+    assert metadata["sha256"] == model_hash(state.average)
+    assert metadata["extra"]["round"] == 3
+    assert not list((tmp_path / "run" / "spool").glob("*"))
+
+
+def test_bad_replies_are_left_out_and_recorded(config: RunConfig, tmp_path: Path) -> None:
+    def tamper(name: str, _round: int, reply: Packet) -> Packet | None:
+        if name == "b-ct":
+            return replace(reply, arrays={key: value * np.nan for key, value in reply.arrays.items()})
+        return None if name == "d-pet" else reply
+
+    state = run(config, RuleSites(tamper), tmp_path / "run")
+    record = _records(tmp_path / "run")[0]
+    assert {name: facts["status"] for name, facts in record["sites"].items()} == {
+        "a-ct": "ok",
+        "b-ct": "NOT_FINITE",
+        "c-mri": "ok",
+        "d-pet": "NO_REPLY",
+    }
+    assert set(record["tasks"]) == {"CT", "MRI"}
+    assert all(np.isfinite(value).all() for value in state.model.values())
+
+
+def test_a_round_without_a_good_reply_stops_the_run_and_keeps_what_was_done(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"round 2: expected at least one site's update"):
+        run(config, RuleSites(lambda _name, number, reply: reply if number == 1 else None), tmp_path / "run")
+    state = journal.load_state(tmp_path / "run")
+    assert state is not None
+    assert state.round == 1
+
+
+def test_a_killed_run_resumes_to_the_same_bits_without_asking_again(config: RunConfig, tmp_path: Path) -> None:
+    whole = run(config, RuleSites(), tmp_path / "whole")
+
+    def die(name: str, number: int, reply: Packet) -> Packet:
+        if (name, number) == ("c-mri", 2):
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RuleSites(die), tmp_path / "killed")
+    again = RuleSites()
+    resumed = run(replace(config, resume=True), again, tmp_path / "killed")
+    assert model_hash(resumed.model) == model_hash(whole.model)
+    assert model_hash(resumed.average) == model_hash(whole.average)
+    assert resumed.balance == whole.balance
+    assert [name for kind, number, name in again.asked if (kind, number) == ("train", 2)] == ["c-mri", "d-pet"]
+    assert [record["round"] for record in _records(tmp_path / "killed")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "manifest"])
+def test_a_damaged_newest_state_is_passed_over(
+    config: RunConfig, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(config, RuleSites(), tmp_path / "run")
+    newest = tmp_path / "run" / "journal" / "000003.safetensors"
+    content = bytearray(newest.read_bytes())
+    if damage == "truncated":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-1] ^= 1
+        newest.write_bytes(content)
+    else:
+        newest.with_suffix(".json").write_text('{"round": 3, ')
+    state = journal.load_state(tmp_path / "run")
+    assert state is not None
+    assert state.round == 2
+    assert "000003 is damaged" in caplog.text
+    resumed = run(replace(config, resume=True), RuleSites(), tmp_path / "run")
+    assert model_hash(resumed.model) == model_hash(whole.model)
+    assert [record["round"] for record in _records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_taken_folder_and_another_configuration_are_refused(config: RunConfig, tmp_path: Path) -> None:
+    run(replace(config, num_rounds=1), RuleSites(), tmp_path / "run")
+    with pytest.raises(ValueError, match="expected a new run folder"):
+        run(config, RuleSites(), tmp_path / "run")
+    with pytest.raises(ValueError, match="expected the configuration"):
+        run(replace(config, resume=True), RuleSites(), tmp_path / "run")
+
+
+def test_a_site_with_two_tasks_counts_toward_each_by_its_share(config: RunConfig, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(SITES, "b-ct", ("CT", "MRI"))
+    config = replace(config, num_rounds=1)
+    before = begin(config, tmp_path / "reference").model
+    instruction = Packet(before, {}, {"round": 1, "base": model_hash(before)})
+    updates = {name: good_reply(name, instruction).arrays for name in SITES}
+    state = run(config, RuleSites(), tmp_path / "run")
+    name = "embed.weight"
+    ct = (updates["a-ct"][name] + 0.5 * updates["b-ct"][name]) / 1.5
+    mri = (updates["c-mri"][name] + 0.5 * updates["b-ct"][name]) / 1.5
+    expected = before[name] + (ct + mri + updates["d-pet"][name]) / 3
+    np.testing.assert_allclose(state.model[name], expected, rtol=1e-5, atol=1e-7)
