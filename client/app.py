@@ -65,14 +65,29 @@ def site_of(context: Context) -> Site:
 
 
 def _answer(action: Callable[[Site, RunConfig, Packet], Packet], message: Message, context: Context) -> Message:
-    logging.getLogger("fed_tat").setLevel(logging.INFO)
     try:
         site = site_of(context)
+        _log_to(site.state_dir / "site.log")
         config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
-    except ValueError:
-        logging.getLogger("fed_tat.site").exception("refused before any work")
+    except (ValueError, OSError):
+        # Before the site is known there is no log of its own; standard error stays on the site's machine.
+        logging.getLogger("fed_tat").exception("refused before any work")
         return Message(_encode(Packet(config={"error": "SITE_CONFIGURATION"})), reply_to=message)
     return Message(_encode(handle(action, site, config, _decode(message.content))), reply_to=message)
+
+
+def _log_to(path: Path) -> None:
+    """Send the site's log to its own file, and nowhere else; a simulated process serves several sites in turn."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = logging.getLogger("fed_tat")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
 
 
 def _decode(content: RecordDict) -> Packet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -19,8 +20,18 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; what they leave is under ``<output_dir>/<name>``."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("fed_tat").setLevel(logging.INFO)
+    _log_to_stdout()
     config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
     torch.set_num_threads(config.train.num_threads)
     run(config, FlowerSites(grid), Path(config.output_dir) / config.name)
+
+
+def _log_to_stdout() -> None:
+    """Flower sends what is printed here to whoever follows the run's log."""
+    log = logging.getLogger("fed_tat")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)

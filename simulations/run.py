@@ -80,7 +80,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
 
         started = time.perf_counter()
         bar = progress.add_task("together: starting Flower", total=config.num_rounds)
-        flower_overrides = [*(o for o in overrides if not o.startswith("output_dir=")), f"output_dir={folder.parent.resolve()}"]
+        flower_overrides = [*overrides, f"output_dir={folder.parent.resolve()}", f"federation.num_sites={len(jobs)}"]
         simulate(
             config.preset,
             flower_overrides,

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tat_core.config import ModelConfig
+from tat_core.config import ModelConfig, config_from_dict, config_to_dict
 from tat_core.model.tat import TAT
 
 FORMAT = "fed-tat model 1"
@@ -85,7 +84,7 @@ def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig
         `model_hash` of the parameters, also stored in the file and checked by `load_model`.
     """
     digest = model_hash(arrays)
-    metadata = {"format": FORMAT, "model": asdict(config), "sha256": digest, "extra": dict(extra or {})}
+    metadata = {"format": FORMAT, "model": config_to_dict(config), "sha256": digest, "extra": dict(extra or {})}
     contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"fed_tat": json.dumps(metadata, sort_keys=True)})
@@ -127,11 +126,6 @@ def load_model(path: Path) -> tuple[TAT, dict[str, Any]]:
             f"load model: expected parameters with sha256 {metadata['sha256'][:12]}…, got {digest[:12]}…; "
             "the file was changed after it was written: copy it again from the coordinator"
         )
-    model = TAT(model_config_from(metadata["model"]))
+    model = TAT(config_from_dict(metadata["model"], ModelConfig))
     load_arrays(model, arrays)
     return model.eval(), metadata
-
-
-def model_config_from(fields: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that `asdict` turned into JSON-able fields."""
-    return ModelConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})

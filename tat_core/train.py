@@ -96,7 +96,7 @@ def train(
         loss = per_sample_l1(restored, hq)
         objective = loss.mean() if config.loss == "l1" else balanced_loss(loss, optimal_square_weight(loss.detach()))
         optimiser.zero_grad(set_to_none=True)
-        objective.backward()  # type: ignore[no-untyped-call]
+        objective.backward()
         optimiser.step()
         stats = add_stats(stats, count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach()))
         if not all(math.isfinite(s.loss_sum) for s in stats.values()):

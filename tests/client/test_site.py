@@ -1,0 +1,49 @@
+"""site.yaml: what a hospital may write, and how it is told what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from client.site import load_site
+
+GOOD = "name: north\nscanner: A, 120 kV\ndevice: cpu\ndata: {CT: CT}\nstate_dir: state\nsynthetic: false\n"
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "site.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    site = load_site(_write(tmp_path, GOOD))
+    assert (site.name, site.device, site.synthetic) == ("north", "cpu", False)
+    assert site.data == {"CT": tmp_path / "CT"}
+    assert site.state_dir == tmp_path / "state"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("name: north", "name: ../etc"), "name: expected letters"),
+        (GOOD.replace("name: north\n", ""), "name: expected letters"),
+        (GOOD.replace("{CT: CT}", "{XR: CT}"), "data: expected a mapping from CT, MRI, PET"),
+        (GOOD.replace("{CT: CT}", "{}"), "data: expected"),
+        (GOOD.replace("{CT: CT}", "{CT: 3}"), "data: expected"),
+        (GOOD + "colour: red\n", "expected keys .*, got colour"),
+        (GOOD.replace("false", "'no'"), "synthetic: expected true or false"),
+        (GOOD.replace("cpu", "3"), "device: expected text"),
+        ("name: [", "syntax error"),
+        ("- a\n- b\n", "expected a mapping"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_site(_write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        load_site(tmp_path / "site.yaml")
