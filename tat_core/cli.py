@@ -53,7 +53,9 @@ def _load(entry: EntryPoint) -> click.Command | None:
     except Exception as error:  # whatever a plug-in raises on import, the other commands must go on working
         if _wants_traceback():
             raise
-        _say(f"warning: command {entry.name!r} is left out: {entry.value}: {type(error).__name__}: {error}")
+        # an entry point names the extra that it needs in brackets
+        remedy = f"; pip install 'fed-tat[{','.join(entry.extras)}]'" if entry.extras else ""
+        _say(f"warning: command {entry.name!r} is left out: {type(error).__name__} in {entry.module}: {error}{remedy}")
         return None
     return _as_command(entry.name, offered)
 

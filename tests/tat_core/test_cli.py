@@ -36,7 +36,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = (
         EntryPoint("greet", f"{__name__}:greet", cli.GROUP),
         EntryPoint("friends", f"{__name__}:friends_app", cli.GROUP),
-        EntryPoint("broken", "no_such_package.commands:app", cli.GROUP),
+        EntryPoint("broken", "no_such_package.commands:app [simulation]", cli.GROUP),
     )
     monkeypatch.setattr(cli, "_plugins", lambda: entries)
 
@@ -85,7 +85,8 @@ def test_broken_plugin_is_named_and_the_others_work(capsys: pytest.CaptureFixtur
     assert "greet" in printed.out
     assert "Say hello." in printed.out
     assert "Friends." in printed.out
-    assert "command 'broken' is left out: no_such_package.commands:app: ModuleNotFoundError" in printed.err
+    assert "command 'broken' is left out: ModuleNotFoundError in no_such_package.commands: No module named" in printed.err
+    assert printed.err.endswith("; pip install 'fed-tat[simulation]'\n")
     assert run_tat("broken") == 2
 
 
