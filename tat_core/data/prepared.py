@@ -1,0 +1,223 @@
+"""Decoded slices on disk: one memory-mapped array a case, so that training crops without decoding."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tat_core.data.dataset import SPLITS, Case, DataSet, open_data_set, read_json, write_json
+from tat_core.data.volume import read_volume, to_display
+from tat_core.tasks import TASKS, Task
+
+STORE_VERSION = 1
+MAX_BAD_FRACTION = 0.05
+
+
+@dataclass(frozen=True)
+class StoredCase:
+    """A case of a prepared split: `array` is (2, slices, rows, columns) float32, LQ then HQ, in physical units, memory-mapped."""
+
+    name: str
+    patient: str
+    array: np.ndarray
+
+
+class PreparedSplit:
+    """The slices of one split of one data set.
+
+    Slices are oriented for looking at (see `tat_core.data.volume.display_axes`): an axial slice has rows from anterior to
+    posterior and columns from the patient's right to left, for every task, so that they can be drawn as they are. Different cases
+    may differ in size.
+    """
+
+    def __init__(self, task: Task, cases: Sequence[StoredCase]) -> None:
+        self.task = task
+        self.cases = tuple(cases)
+        self._ends = list(accumulate(case.array.shape[1] for case in self.cases))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def num_patients(self) -> int:
+        """How many different patients the split holds."""
+        return len({case.patient for case in self.cases})
+
+    def _locate(self, index: int) -> tuple[StoredCase, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"PreparedSplit: expected an index from 0 to {len(self) - 1}, got {index}")
+        number = bisect.bisect_right(self._ends, index)
+        return self.cases[number], index - (self._ends[number - 1] if number else 0)
+
+    def case(self, index: int) -> str:
+        """Name of the case of a slice. Stays at the site."""
+        return self._locate(index)[0].name
+
+    def patient(self, index: int) -> str:
+        """Pseudonym of the patient of a slice. Stays at the site."""
+        return self._locate(index)[0].patient
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """LQ and HQ of a slice, (rows, columns) float32 in ``task.unit``; read-only views of the memory map."""
+        case, k = self._locate(index)
+        return case.array[0, k], case.array[1, k]
+
+
+def open_split(prepared_dir: Path, split: str) -> PreparedSplit:
+    """Open one split that `prepare` wrote.
+
+    Parameters
+    ----------
+    prepared_dir : pathlib.Path
+    split : str
+        ``"train"``, ``"validation"`` or ``"test"``; it may be empty (length 0).
+
+    Raises
+    ------
+    ValueError
+        If the store is missing, of another version or damaged.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"open_split: expected {', '.join(SPLITS)}, got {split!r}; choose one of them")
+    manifest = read_json(prepared_dir / "manifest.json", "open_split")
+    if manifest.get("store") != STORE_VERSION:
+        raise ValueError(
+            f"open_split: expected store version {STORE_VERSION}, got {manifest.get('store')!r}; run tat data prepare again"
+        )
+    cases = []
+    for entry in manifest["splits"][split]:
+        try:
+            array = np.load(prepared_dir / entry["file"], mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            raise ValueError(
+                "open_split: expected the stored cases of the manifest, got one missing or damaged; prepare again"
+            ) from None
+        if list(array.shape) != entry["shape"]:
+            raise ValueError("open_split: expected the shapes of the manifest, got others; delete the store and prepare again")
+        cases.append(StoredCase(entry["case"], entry["patient"], np.asarray(array)))
+    return PreparedSplit(TASKS[manifest["task"]], cases)
+
+
+def prepare(dataset_dir: Path, prepared_dir: Path | None = None) -> Path:
+    """Decode a data set into the store that training reads; returns at once when nothing changed.
+
+    Cases that cannot be used go to quarantine.json with a reason and training goes on without them.
+
+    Parameters
+    ----------
+    dataset_dir : pathlib.Path
+        Folder with dataset.json, splits.json, LQ and HQ.
+    prepared_dir : pathlib.Path, optional
+        Default ``<dataset_dir>/prepared``.
+
+    Returns
+    -------
+    pathlib.Path
+        The store's folder, for `open_split`.
+
+    Raises
+    ------
+    ValueError
+        If the data set is wrong as a whole or over 5 % of its cases are bad.
+    """
+    data = open_data_set(dataset_dir)
+    store = prepared_dir or dataset_dir / "prepared"
+    used = [case for case in data.cases if case.split and case.name not in data.quarantine]
+    sources = {case.name: _source_stamp(case) for case in used}
+    manifest_file = store / "manifest.json"
+    old = read_json(manifest_file, "prepare") if manifest_file.exists() else {}
+    known = {entry["case"]: entry for entries in old.get("splits", {}).values() for entry in entries}
+    if old.get("store") != STORE_VERSION or old.get("task") != data.task.name:
+        known = {}
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    bad: dict[str, str] = {}
+    for case in used:
+        entry = known.get(case.name)
+        if entry is None or entry["source"] != sources[case.name] or not (store / entry["file"]).exists():
+            try:
+                entry = _store_case(data, case, store) | {"source": sources[case.name]}
+            except ValueError as error:
+                bad[case.name] = str(error)
+                continue
+        splits[case.split].append(entry | {"patient": case.patient})
+    if bad:
+        write_json(dataset_dir / "quarantine.json", {"cases": data.quarantine | bad})
+    _refuse_if_mostly_bad(len(data.quarantine) + len(bad), len(used) + len(data.quarantine))
+    manifest = {"store": STORE_VERSION, "task": data.task.name, "unit": data.task.unit, "splits": splits}
+    if manifest != old:
+        store.mkdir(parents=True, exist_ok=True)
+        write_json(manifest_file, manifest)
+    return store
+
+
+def _refuse_if_mostly_bad(bad: int, total: int) -> None:
+    if total == 0:
+        raise ValueError("prepare: expected cases with a split, got none; fill splits.json")
+    if bad > MAX_BAD_FRACTION * total:
+        raise ValueError(
+            f"prepare: expected at most {MAX_BAD_FRACTION:.0%} unusable cases, got {bad} of {total}; run tat data check"
+        )
+
+
+def _source_stamp(case: Case) -> str:
+    """Changes whenever a source file is added, removed, resized or written again."""
+    digest = hashlib.sha256()
+    for side in (case.lq, case.hq):
+        if side is None:
+            continue
+        files = sorted(side.rglob("*")) if side.is_dir() else [side]
+        for file in files:
+            state = file.stat(follow_symlinks=False)
+            digest.update(f"{file.name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _store_case(data: DataSet, case: Case, store: Path) -> dict[str, Any]:
+    lq, hq = read_pair(case, data.task)
+    array = np.stack([lq, hq])
+    name = hashlib.sha256(case.name.encode()).hexdigest()[:16]
+    file = Path(case.split) / f"{name}.npy"
+    target = store / file
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{name}.{os.getpid()}.part.npy")
+    try:
+        np.save(temporary, array)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {
+        "case": case.name,
+        "file": file.as_posix(),
+        "shape": list(array.shape),
+        "sha256": hashlib.sha256(array.data).hexdigest(),
+    }
+
+
+def read_pair(case: Case, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides of a case as (slices, rows, columns) float32 in display orientation and physical units.
+
+    Raises
+    ------
+    ValueError
+        If a side is missing or unreadable, the grids differ, or a value is not finite.
+    """
+    if case.lq is None or case.hq is None:
+        raise ValueError(f"read_pair: expected both sides, got no {'LQ' if case.lq is None else 'HQ'}; add it or remove the case")
+    lq, hq = read_volume(case.lq, task), read_volume(case.hq, task)
+    if lq.voxels.shape != hq.voxels.shape:
+        raise ValueError(
+            f"read_pair: expected equal shapes, got LQ {lq.voxels.shape} and HQ {hq.voxels.shape}; resample one to the other"
+        )
+    if not np.allclose(lq.affine, hq.affine, atol=0.05):
+        raise ValueError("read_pair: expected LQ and HQ on one grid, got different affines; register and resample them")
+    if not (np.isfinite(lq.voxels).all() and np.isfinite(hq.voxels).all()):
+        raise ValueError("read_pair: expected finite values, got NaN or infinity; export the images again")
+    return to_display(lq), to_display(hq)
