@@ -36,6 +36,6 @@ clean:  ## remove the environment and what tools left behind; runs/ and data/ st
 # pip, not uv: it takes torch from wherever the machine's pip is pointed at (README, "Installing").
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got %d.%d; name one: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[simulation,dev]'
 	@touch $@

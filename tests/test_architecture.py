@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tat_core.cli import QUIET_ENVIRONMENT
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tat_core", "client", "server", "simulations", "deploy")
 MAY_IMPORT = {
@@ -138,6 +140,13 @@ def test_top_level_holds_nothing_else() -> None:
     if listing.returncode:
         pytest.skip("not a git checkout")
     assert {line.partition("/")[0].strip('"') for line in listing.stdout.splitlines()} - TOP_LEVEL == set()
+
+
+@pytest.mark.parametrize("launcher", ["Makefile", "tat_core/cli.py", "simulations/flower.py"])
+def test_launchers_switch_telemetry_and_installation_off(launcher: str) -> None:
+    text = (ROOT / launcher).read_text()
+    for name, value in QUIET_ENVIRONMENT.items():
+        assert re.search(rf"{name}\W+{value}\b", text), f"{launcher} does not set {name}={value}"
 
 
 def test_files_stay_readable() -> None:
