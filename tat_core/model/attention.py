@@ -1,19 +1,20 @@
-"""Attention between channels, over the whole image or over windows."""
+"""Attention between channels, over the whole image or over windows. Features are (H, W, B, C)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _EPS = 1e-12
 
+Map = Callable[[Tensor], Tensor]
 
-def channel_attention(
-    qkv: Tensor, heads: int, window: int, temperature: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor]
-) -> Tensor:
+
+def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, project: Map) -> Tensor:
     """Attend between the channels of each head and project the result.
 
     With q, k, v of one head as (pixels, c) matrices the result is ``v · softmax(temperature(q̂ᵀk̂))ᵀ``, where ^ divides each
@@ -23,7 +24,7 @@ def channel_attention(
 
     Parameters
     ----------
-    qkv : torch.Tensor (B, H, W, 3C)
+    qkv : torch.Tensor (H, W, B, 3C)
     heads : int
     window : int
         Largest side, in pixels, that is attended as one.
@@ -32,53 +33,82 @@ def channel_attention(
 
     Returns
     -------
-    torch.Tensor (B, H, W, C)
+    torch.Tensor (H, W, B, C)
     """
-    batch, height, width, channels = qkv.shape
+    height, width, batch, channels = qkv.shape
     channels //= 3
     if height <= window and width <= window:
-        flat = qkv.reshape(batch, height * width, 3 * channels)
-        maps = attention_maps(flat, heads, temperature, project)
-        return torch.bmm(flat[..., 2 * channels :], maps).view(batch, height, width, channels)
+        out = _attend(qkv.flatten(0, 1), heads, temperature, project)
+        return out.view(height, width, batch, channels)
 
-    rows, cols = window_index(height, window), window_index(width, window)
+    rows, cols = window_index(height, window, qkv.device), window_index(width, window, qkv.device)
     (num_rows, high), (num_cols, wide) = rows.shape, cols.shape
-    parts = qkv[:, rows][:, :, :, cols].permute(0, 1, 3, 2, 4, 5).reshape(batch * num_rows * num_cols, high * wide, 3 * channels)
-    out = torch.bmm(parts[..., 2 * channels :], attention_maps(parts, heads, temperature, project))
-    out = out.view(batch, num_rows, num_cols, high, wide, channels).permute(0, 1, 3, 2, 4, 5)
-    out = out.reshape(batch, num_rows * high, num_cols * wide, channels)
-    total = out.new_zeros(batch, height, num_cols * wide, channels).index_add(1, rows.flatten(), out)
-    total = out.new_zeros(batch, height, width, channels).index_add(2, cols.flatten(), total)
+    parts = qkv[rows.flatten()][:, cols.flatten()].view(num_rows, high, num_cols, wide, batch, 3 * channels)
+    out = _attend(parts.permute(1, 3, 0, 2, 4, 5).reshape(high * wide, -1, 3 * channels), heads, temperature, project)
+    out = out.view(high, wide, num_rows, num_cols, batch, channels).permute(2, 0, 3, 1, 4, 5)
+    out = out.reshape(num_rows * high, num_cols * wide, batch, channels)
+    total = out.new_zeros(height, num_cols * wide, batch, channels).index_add(0, rows.flatten(), out)
+    total = out.new_zeros(height, width, batch, channels).index_add(1, cols.flatten(), total)
     counts = rows.flatten().bincount()[:, None] * cols.flatten().bincount()
-    return total / counts[..., None]
+    return total / counts[..., None, None]
 
 
-def attention_maps(
-    qkv: Tensor, heads: int, temperature: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """(N, pixels, 3C) → (N, C, C) matrices that take an image's v, pixel by pixel, to the projected result."""
-    num, pixels, channels = qkv.shape
-    channels //= 3
-    q, k, _ = qkv.view(num, pixels, 3, heads, channels // heads).permute(2, 0, 3, 4, 1)
-    norms = torch.linalg.vector_norm(qkv[..., : 2 * channels], dim=1).clamp_min(_EPS)
-    q_norm, k_norm = norms.view(num, 2, heads, channels // heads).unbind(1)
-    scores = q @ k.transpose(-2, -1) / (q_norm[..., None] * k_norm[..., None, :])
-    maps = temperature(scores).softmax(-1)
-    return project(block_diagonal(maps.transpose(-2, -1)))
+def window_index(size: int, window: int, device: torch.device) -> Tensor:
+    """Positions (number of windows, window) along one side: evenly stepped windows of which the last ends with the image."""
+    window = min(size, window)
+    count = math.ceil(size / window)
+    step = window if count == 1 else math.ceil((size - window) / (count - 1))
+    starts = torch.arange(count, device=device) * step
+    return starts.clamp_max(size - window)[:, None] + torch.arange(window, device=device)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
+def _attend(qkv: Tensor, heads: int, temperature: Map, project: Map) -> Tensor:
+    """(pixels, N, 3C) → (pixels, N, C), each of the N images by itself."""
+    channels = qkv.shape[-1] // 3
+    qk, v = qkv.split((2 * channels, channels), dim=-1)
+    gram, norms = _Gram.apply(qk, heads)
+    norms = norms.clamp_min(_EPS)
+    maps = temperature(gram / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])).softmax(-1)
+    maps = project(_block_diagonal(maps.transpose(-2, -1)))
+    return torch.bmm(v.transpose(0, 1), maps).transpose(0, 1)
+
+
+class _Gram(torch.autograd.Function):
+    """qᵀk per image and head, and the norms of q's and k's channels.
+
+    Written out because both gradients together are one matrix product: [q k] · [[diag, dG], [dGᵀ, diag]].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """(pixels, N, 2C) → (N, heads, c, c), (N, 2, heads, c)."""
+        pixels, num, channels = qk.shape
+        size = channels // 2 // heads
+        q, k = qk.view(pixels, num, 2, heads, size).permute(2, 1, 3, 0, 4).flatten(1, 2)
+        gram = torch.bmm(q.transpose(1, 2), k).view(num, heads, size, size)
+        norms = torch.linalg.vector_norm(qk, dim=0).view(num, 2, heads, size)
+        ctx.save_for_backward(qk, norms)
+        return gram, norms
+
+    @staticmethod
+    def backward(ctx: Any, grad_gram: Tensor, grad_norms: Tensor) -> tuple[Tensor, None]:
+        qk, norms = ctx.saved_tensors
+        pixels, num, channels = qk.shape
+        heads, size = norms.shape[2:]
+        scale = grad_norms / norms.clamp_min(_EPS)
+        mix = torch.diag_embed(scale.transpose(1, 2).reshape(num * heads, 2 * size))
+        mix[:, :size, size:] = grad_gram.flatten(0, 1)
+        mix[:, size:, :size] = grad_gram.flatten(0, 1).transpose(1, 2)
+        if heads == 1:
+            return torch.bmm(qk.transpose(0, 1), mix).transpose(0, 1), None
+        by_head = qk.view(pixels, num, 2, heads, size).permute(1, 3, 0, 2, 4).reshape(num * heads, pixels, 2 * size)
+        grad = torch.bmm(by_head, mix).view(num, heads, pixels, 2, size)
+        return grad.permute(2, 0, 3, 1, 4).reshape(pixels, num, channels), None
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
     """(N, heads, c, c) → (N, heads·c, heads·c) with the blocks on the diagonal."""
     num, heads, size, _ = blocks.shape
     if heads == 1:
         return blocks[:, 0]
     return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(num, heads * size, heads * size)
-
-
-def window_index(size: int, window: int) -> Tensor:
-    """Positions (number of windows, window) along one side: evenly stepped windows of which the last ends with the image."""
-    window = min(size, window)
-    count = math.ceil(size / window)
-    step = window if count == 1 else math.ceil((size - window) / (count - 1))
-    starts = torch.arange(count) * step
-    return starts.clamp_max(size - window)[:, None] + torch.arange(window)

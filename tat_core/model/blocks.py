@@ -1,4 +1,7 @@
-"""Transformer blocks of TAT. Features are (B, H, W, C) throughout, so 1×1 convolutions and norms are plain matrix operations."""
+"""Transformer blocks of TAT.
+
+Features are (H, W, B, C) throughout: 1×1 convolutions and norms act on the last dimension, and see depthwise.py for the batch.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,46 @@ from tat_core.model.attention import channel_attention
 from tat_core.model.depthwise import depthwise_per_image, gated_gelu
 
 
-def conv3x3(in_channels: int, out_channels: int, bias: bool = False, groups: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2d:
     """A 3×3 convolution that keeps the size."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias, groups=groups)
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to (B, H, W, C) features; the permuted view is channels_last, so nothing is copied."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+def to_images(x: Tensor) -> Tensor:
+    """(H, W, B, C) features → (B, C, H, W) images in channels_last memory; no copy for a single image."""
+    return x.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
 
 
-class KernelMix(nn.Module):
-    """Mix a shared depth-wise kernel with one generated per image: ``weight + gate · generated``.
+def to_features(images: Tensor) -> Tensor:
+    """(B, C, H, W) → (H, W, B, C); the inverse of `to_images`."""
+    return images.permute(2, 3, 0, 1).contiguous()
 
-    A leaf of its own, so that its output's gradient is the kernel's gradient per image.
-    """
+
+class SharedKernel(nn.Module):
+    """A depth-wise 3×3 kernel, handed out once per image."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 3, 3))
+        nn.init.uniform_(self.weight, -1 / 3, 1 / 3)  # nn.Conv2d's default for nine inputs
+
+    def forward(self, like: Tensor) -> Tensor:
+        """(H, W, B, C) features → (B, C, 3, 3) kernels to apply to them."""
+        return self.weight.expand(like.shape[2], -1, -1, -1)
+
+
+class KernelMix(nn.Module):
+    """Mix a shared depth-wise 3×3 kernel with one generated per image: ``weight + gate · generated``.
+
+    A leaf of its own, so that the gradient of its output is the kernel's gradient per image.
+    """
+
+    def __init__(self, channels: int, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(channels, 3, 3))
         self.gate = nn.Parameter(torch.zeros(channels, 1, 1))
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, generated: Tensor) -> Tensor:
         """(B, C, 3, 3) generated kernels → (B, C, 3, 3) kernels to apply."""
@@ -64,13 +87,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.window = heads, window
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.depthwise = KernelMix(3 * channels) if adaptive else conv3x3(3 * channels, 3 * channels, groups=3 * channels)
+        self.depthwise = KernelMix(3 * channels, std=1.0) if adaptive else SharedKernel(3 * channels)
         self.temperature = HeadTemperature(heads)
         self.project = nn.Linear(channels, channels, bias=False)
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
-        """(B, H, W, C) features, (B, 3C, 3, 3) generated kernels or None → (B, H, W, C)."""
-        qkv = apply_depthwise(self.depthwise, self.qkv(x), generated)
+        """(H, W, B, C) features, (B, 3C, 3, 3) generated kernels or None → (H, W, B, C)."""
+        qkv = self.qkv(x)
+        qkv = depthwise_per_image(qkv, self.depthwise(qkv if generated is None else generated))
         return channel_attention(qkv, self.heads, self.window, self.temperature, self.project)
 
 
@@ -80,21 +104,14 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, hidden: int, adaptive: bool) -> None:
         super().__init__()
         self.expand = nn.Linear(channels, 2 * hidden, bias=False)
-        self.depthwise = KernelMix(2 * hidden) if adaptive else conv3x3(2 * hidden, 2 * hidden, groups=2 * hidden)
+        self.depthwise = KernelMix(2 * hidden, std=(2 / 9) ** 0.5) if adaptive else SharedKernel(2 * hidden)
         self.project = nn.Linear(hidden, channels, bias=False)
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
-        """(B, H, W, C) features, (B, 2·hidden, 3, 3) generated kernels or None → (B, H, W, C)."""
-        return self.project(gated_gelu(apply_depthwise(self.depthwise, self.expand(x), generated)))
-
-
-def apply_depthwise(depthwise: nn.Module, x: Tensor, generated: Tensor | None) -> Tensor:
-    """Depth-wise 3×3 convolution of (B, H, W, C) features with the module's kernel, or its mix with the generated one."""
-    if isinstance(depthwise, nn.Conv2d):
-        return convolve(depthwise, x)
-    if generated is None:
-        raise ValueError("apply_depthwise: expected generated kernels for an adaptive block, got None; pass TREN's output")
-    return depthwise_per_image(x, depthwise(generated))
+        """(H, W, B, C) features, (B, 2·hidden, 3, 3) generated kernels or None → (H, W, B, C)."""
+        x = self.expand(x)
+        x = depthwise_per_image(x, self.depthwise(x if generated is None else generated))
+        return self.project(gated_gelu(x))
 
 
 class Block(nn.Module):
@@ -108,18 +125,16 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(channels, hidden, adaptive)
 
     def forward(self, x: Tensor, generated: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
-        """(B, H, W, C) features and the level's (attention, feed-forward) kernels → (B, H, W, C)."""
+        """(H, W, B, C) features and the level's (attention, feed-forward) kernels → (H, W, B, C)."""
         x = x + self.attention(self.attention_norm(x), generated[0])
         return x + self.feed_forward(self.feed_forward_norm(x), generated[1])
 
 
 def shrink(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Halve the height and width, double the channels: a convolution, then 2×2 pixels into channels."""
-    y = F.pixel_unshuffle(conv(x.permute(0, 3, 1, 2)), 2)
-    return y.permute(0, 2, 3, 1).contiguous()
+    return to_features(F.pixel_unshuffle(conv(to_images(x)), 2))
 
 
 def enlarge(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Double the height and width, halve the channels: a convolution, then channels into 2×2 pixels."""
-    y = F.pixel_shuffle(conv(x.permute(0, 3, 1, 2)), 2)
-    return y.permute(0, 2, 3, 1).contiguous()
+    return to_features(F.pixel_shuffle(conv(to_images(x)), 2))

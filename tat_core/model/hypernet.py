@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tat_core.model.blocks import conv3x3
+from tat_core.model.blocks import conv3x3, to_images
 
 LEVELS = ("level1", "level2", "level3", "latent")
 
@@ -57,8 +57,8 @@ class Tren(nn.Module):
         self.feed_forward = nn.ModuleDict({name: nn.Linear(code, 9 * width[1], bias=False) for name, width in widths.items()})
 
     def pooled(self, deepest: Tensor) -> Tensor:
-        """(B, H, W, C) deepest features → (B, 4·features), the trunk's mean over the image (an average of tiles' means)."""
-        x = F.pixel_shuffle(deepest.detach().permute(0, 3, 1, 2), 4)
+        """(H, W, B, C) deepest features → (B, 4·features), the trunk's mean over the image (an average of tiles' means)."""
+        x = F.pixel_shuffle(to_images(deepest.detach()), 4)
         x = F.gelu(self.entry(x))
         for block in self.residual:
             x = block(x)
@@ -76,7 +76,7 @@ class Tren(nn.Module):
         return {name: (_as_kernels(self.attention[name], code), _as_kernels(self.feed_forward[name], code)) for name in LEVELS}
 
     def forward(self, deepest: Tensor) -> Kernels:
-        """(B, H, W, C) deepest features → every adaptive level's kernels. No gradient reaches the features."""
+        """(H, W, B, C) deepest features → every adaptive level's kernels. No gradient reaches the features."""
         return self.kernels(self.pooled(deepest))
 
 

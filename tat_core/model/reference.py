@@ -29,7 +29,7 @@ _BLOCK = {
     "feed_forward.depthwise.gate": "ffn.lambda_dw",
 }
 _ADAPTIVE_KERNEL = {"attention.depthwise.weight": "attn.dw_kernel", "feed_forward.depthwise.weight": "ffn.dw_kernel"}
-_STATIC_KERNEL = {"attention.depthwise.": "attn.qkv_dwconv.", "feed_forward.depthwise.": "ffn.dwconv."}
+_SHARED_KERNEL = {"attention.depthwise.": "attn.qkv_dwconv.", "feed_forward.depthwise.": "ffn.dwconv."}
 _TOP = {
     "embed.": "patch_embed.proj.",
     "down1.": "down1_2.body.0.",
@@ -115,7 +115,7 @@ def published_name(name: str) -> str:
         return "tren." + _replace_prefix(rest, _TREN)
     if head in _STAGES or head in ("latent", "refinement"):
         index, _, rest = rest.partition(".")
-        kernels = _STATIC_KERNEL if head.startswith("encoder") else _ADAPTIVE_KERNEL
+        kernels = _SHARED_KERNEL if head.startswith("encoder") else _ADAPTIVE_KERNEL
         return f"{_STAGES.get(head, head)}.{index}.{_replace_prefix(rest, _BLOCK | kernels)}"
     return _replace_prefix(name, _TOP)
 
@@ -128,12 +128,12 @@ def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
 
 
 def _published_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Published 1×1 convolutions are 4-D and the mixed kernels carry a batch and a group dimension."""
+    """Published 1×1 convolutions are 4-D, kernels have a group dimension and mixed ones a batch dimension."""
     shape = tuple(tensor.shape)
     if name.startswith("tren."):
         return shape
-    if ".depthwise." in name and len(shape) == 3:
-        return (1, shape[0], 1, *shape[1:])
+    if ".depthwise." in name:
+        return (shape[0], 1, *shape[1:]) if name.startswith("encoder") else (1, shape[0], 1, *shape[1:])
     return (*shape, 1, 1) if len(shape) == 2 else shape
 
 

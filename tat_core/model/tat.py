@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tat_core.config import ModelConfig
-from tat_core.model.blocks import Block, conv3x3, convolve, enlarge, shrink
+from tat_core.model.blocks import Block, conv3x3, enlarge, shrink, to_features, to_images
 from tat_core.model.hypernet import Kernels, Tren
-from tat_core.model.init import initialise
+from tat_core.model.init import wake
 
 MULTIPLE = 8
 MIN_SIDE = 16
@@ -91,8 +91,8 @@ class TAT(nn.Module):
         x = _run(self.decoder2, x, kernels["level2"])
         decoded = _run(self.decoder1, torch.cat((enlarge(self.up1, x), skip1), -1), kernels["level1"])
         refined = _run(self.refinement, decoded, kernels["level1"])
-        x = self.fuse_mix(F.gelu(convolve(self.fuse, torch.cat((skip1, decoded, refined), -1))))
-        restored = convolve(self.output, x).permute(0, 3, 1, 2) + padded
+        x = self.fuse(to_images(torch.cat((skip1, decoded, refined), -1)))
+        restored = self.output(to_images(self.fuse_mix(to_features(F.gelu(x))))) + padded
         return restored[..., : lq.shape[-2], : lq.shape[-1]]
 
     def pooled_features(self, lq: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class TAT(nn.Module):
 
     def _encode(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         none = (None, None)
-        skip1 = _run(self.encoder1, convolve(self.embed, padded.permute(0, 2, 3, 1)), none)
+        skip1 = _run(self.encoder1, to_features(self.embed(padded.contiguous(memory_format=torch.channels_last))), none)
         skip2 = _run(self.encoder2, shrink(self.down1, skip1), none)
         skip3 = _run(self.encoder3, shrink(self.down2, skip2), none)
         return skip1, skip2, skip3, shrink(self.down3, skip3)
@@ -115,7 +115,8 @@ def build_model(config: ModelConfig, seed: int) -> TAT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TAT(config)
-        initialise(model)
+        if config.kernel_init == "awake":
+            wake(model, model.tren)
     return model
 
 
