@@ -26,7 +26,7 @@ from tat_core.data.prepared import prepare
 from tat_core.data.volume import Volume, write_nifti
 from tat_core.tasks import TASKS
 
-BUILD_VERSION = 1  # raise it when this file or the physics changes what is written
+BUILD_VERSION = 3  # raise it when this file or the physics changes what is written
 MARKER = "built.json"
 PROFILES = ("demo", "smoke")
 
@@ -78,7 +78,7 @@ HOSPITALS: tuple[Hospital, ...] = (
             "EchoTrainLength": "8",
         },
     ),
-    Hospital("mri-t1", "MRI", "MNI152 T1 template (train) and a T1 with contrast agent (test)", False, mri_t1),
+    Hospital("mri-t1", "MRI", "a patient's T1 with contrast agent (train) and the MNI152 T1 template (test)", False, mri_t1),
     Hospital("pet-brain", "PET", "synthetic: FDG brain from tissue maps, simulated scanner, 2 mm", True, pet_brain),
     Hospital("pet-trunk", "PET", "synthetic: FDG trunk from CT labels, simulated scanner, 3 mm", True, pet_trunk),
 )
