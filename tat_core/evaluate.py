@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,13 +12,32 @@ import torch
 from torch import nn
 
 from tat_core.config import EvaluateConfig
-from tat_core.metrics import Scores, is_scorable, slice_scores
+from tat_core.metrics import Scores, data_range, is_scorable, slice_scores
 from tat_core.tasks import Task, denormalise, normalise
 
 if TYPE_CHECKING:
     from tat_core.data.prepared import PreparedSplit
 
-__all__ = ["Scores", "evaluate_split", "restore_image", "slice_scores", "spread"]
+__all__ = ["Scores", "SliceScores", "evaluate_split", "restore_image", "score_slices", "slice_scores", "spread"]
+
+
+@dataclass(frozen=True)
+class SliceScores:
+    """The scores of one slice of a split.
+
+    Attributes
+    ----------
+    index : int
+        Its place in the split.
+    data_range : float or None
+        What PSNR and SSIM refer to, in the task's unit; None if the slice cannot be scored.
+    arms : dict of str to Scores
+        ``input`` and, given a model, ``restored``; empty if the slice cannot be scored.
+    """
+
+    index: int
+    data_range: float | None
+    arms: dict[str, Scores]
 
 
 def restore_image(
@@ -98,15 +118,30 @@ def evaluate_split(
         If the model's output is not finite.
     """
     arms = {"input": Scores()} if model is None else {"input": Scores(), "restored": Scores()}
+    for scored in score_slices(model, split, config, device, max_slices):
+        for arm, scores in scored.arms.items():
+            arms[arm] += scores
+    return arms
+
+
+def score_slices(
+    model: nn.Module | None,
+    split: PreparedSplit,
+    config: EvaluateConfig,
+    device: torch.device | str = "cpu",
+    max_slices: int | None = None,
+) -> Iterator[SliceScores]:
+    """Score slice by slice; parameters and errors as `evaluate_split`."""
     for index in spread(len(split), max_slices):
         lq, hq = split.pair(index)
         if not is_scorable(lq, hq, split.task):
+            yield SliceScores(index, None, {})
             continue
-        arms["input"] += Scores.of_slice(slice_scores(lq, hq, split.task))
+        images = {"input": lq}
         if model is not None:
-            restored = restore_image(model, lq, split.task, config.tile_size, config.tile_overlap, device)
-            arms["restored"] += Scores.of_slice(slice_scores(restored, hq, split.task))
-    return arms
+            images["restored"] = restore_image(model, lq, split.task, config.tile_size, config.tile_overlap, device)
+        arms = {arm: Scores.of_slice(slice_scores(image, hq, split.task)) for arm, image in images.items()}
+        yield SliceScores(index, data_range(hq, split.task), arms)
 
 
 def spread(length: int, at_most: int | None) -> list[int]:

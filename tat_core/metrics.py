@@ -81,8 +81,13 @@ def is_scorable(lq: np.ndarray, hq: np.ndarray, task: Task) -> bool:
     """Whether a pair can be scored: both finite, and the target not constant inside the evaluation window (a CT slice of air)."""
     if not (np.isfinite(lq).all() and np.isfinite(hq).all()):
         return False
-    clipped = np.clip(hq, *task.evaluation_window)
-    return bool(clipped.max() > clipped.min())
+    return data_range(hq, task) > 0
+
+
+def data_range(target: np.ndarray, task: Task) -> float:
+    """Maximum minus minimum of a target clipped to the evaluation window, in ``task.unit``: what PSNR and SSIM refer to."""
+    clipped = np.clip(target.astype(np.float64), *task.evaluation_window)
+    return float(clipped.max() - clipped.min())
 
 
 def slice_scores(image: np.ndarray, target: np.ndarray, task: Task) -> dict[str, float]:
@@ -116,26 +121,26 @@ def slice_scores(image: np.ndarray, target: np.ndarray, task: Task) -> dict[str,
                 "check the data set, or the model if this is its output"
             )
     x, y = (np.clip(values.astype(np.float64), *task.evaluation_window) for values in (image, target))
-    data_range = float(y.max() - y.min())
-    if data_range == 0:
+    span = data_range(target, task)
+    if span == 0:
         low, high = task.evaluation_window
         raise ValueError(
             f"score a slice: expected a target that varies inside the window [{low:g}, {high:g}] {task.unit}, "
             "got a constant one; leave such slices out"
         )
     mse = float(np.mean((x - y) ** 2))
-    psnr = MAX_PSNR_DB if mse == 0 else min(MAX_PSNR_DB, 10 * math.log10(data_range**2 / mse))
-    return {"psnr": psnr, "ssim": float(ssim_map(x, y, data_range).mean()), "rmse": math.sqrt(mse)}
+    psnr = MAX_PSNR_DB if mse == 0 else min(MAX_PSNR_DB, 10 * math.log10(span**2 / mse))
+    return {"psnr": psnr, "ssim": float(ssim_map(x, y, span).mean()), "rmse": math.sqrt(mse)}
 
 
-def ssim_map(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
+def ssim_map(x: np.ndarray, y: np.ndarray, span: float) -> np.ndarray:
     """SSIM of every pixel, as in pytorch-ssim: Gaussian 11×11, σ 1.5, zeros beyond the border.
 
     Parameters
     ----------
     x, y : numpy.ndarray, shape (H, W), float64
-    data_range : float
-        The span of values that the two stabilising constants refer to.
+    span : float
+        The data range that the two stabilising constants refer to.
 
     Returns
     -------
@@ -145,7 +150,7 @@ def ssim_map(x: np.ndarray, y: np.ndarray, data_range: float) -> np.ndarray:
     mean_x, mean_y, mean_squares, mean_xy = (_blur(values) for values in (x, y, x * x + y * y, x * y))
     product = mean_x * mean_y
     squares = mean_x**2 + mean_y**2
-    c1, c2 = (_K1 * data_range) ** 2, (_K2 * data_range) ** 2
+    c1, c2 = (_K1 * span) ** 2, (_K2 * span) ** 2
     return ((2 * product + c1) * (2 * (mean_xy - product) + c2)) / ((squares + c1) * (mean_squares - squares + c2))
 
 
