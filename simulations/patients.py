@@ -35,7 +35,11 @@ Made = tuple[list[Patient], dict[str, Any]]  # patients and the parameters of th
 def _ct(source: str, dose_fraction: float, photons: float, blocks: Blocks, smoke: bool, rng: np.random.Generator) -> Made:
     factor = 6 if smoke else 1
     hq = sources.shrink(sources.load(source, CT), factor)
-    settings: dict[str, Any] = {"dose_fraction": dose_fraction, "photons": photons / factor, "electronic_noise": 10.0}
+    settings: dict[str, Any] = {
+        "dose_fraction": dose_fraction,
+        "photons": photons / 12 if smoke else photons,
+        "electronic_noise": 10.0,
+    }
     settings |= {"views": 720, "path_length_size": 128}
     lq = ct_low_dose(sources.slices_of(hq), hq.spacing_mm[0], rng=rng, **settings)
     patient = Patient("patient-1", sources.with_slices(hq, lq), hq, blocks)

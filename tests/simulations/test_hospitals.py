@@ -59,7 +59,7 @@ def test_low_quality_is_poorer_but_the_same_picture(smoke_hospitals: list[Path])
         assert max(lq.shape) <= 96
         assert lq.dtype == hq.dtype == np.float32
         assert np.abs(lq - hq).max() > 0
-        assert np.corrcoef(lq.ravel(), hq.ravel())[0, 1] > 0.8
+        assert np.corrcoef(lq.ravel(), hq.ravel())[0, 1] > 0.6, site.name
         low, high = test.task.intensity_range
         assert (np.mean((hq >= low) & (hq <= high))) > 0.99
 
