@@ -55,14 +55,13 @@ def write_report(run_dir: Path) -> Path:
 def _context(record: RunRecord) -> dict[str, Any]:
     summary = record.summary or {}
     notes = list(record.notes)
-    seen = last_sign_of_life(record)
     return {
         "name": record.name,
         "finished": record.summary is not None,
         "passed": summary.get("passed"),
         "rounds_done": len(record.rounds),
         "num_rounds": record.num_rounds,
-        "last_seen": f"{seen:%Y-%m-%d %H:%M} UTC" if seen else "never",
+        "last_seen": f"{last_sign_of_life(record):%Y-%m-%d %H:%M} UTC",
         "facts": _facts(record),
         "arms": ARMS,
         "metrics": METRICS,

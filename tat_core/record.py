@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+RECORD_FILES = ("rounds.jsonl", "summary.json", "config.yaml")
+MIN_QUIET_S = 120.0
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -80,14 +83,26 @@ def read_record(folder: Path) -> RunRecord:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds the record of a run."""
-    return any((folder / file).is_file() for file in ("rounds.jsonl", "summary.json", "config.yaml"))
+    return any((folder / file).is_file() for file in RECORD_FILES)
 
 
-def last_sign_of_life(record: RunRecord) -> datetime | None:
-    """When the record was last written to, in UTC; None if it holds no round and no summary yet."""
-    files = [record.folder / file for file in ("rounds.jsonl", "summary.json")]
-    times = [file.stat().st_mtime for file in files if file.is_file()]
-    return datetime.fromtimestamp(max(times), UTC) if times else None
+def last_sign_of_life(record: RunRecord) -> datetime:
+    """When anything of the record was last written, in UTC."""
+    files = [record.folder / file for file in RECORD_FILES]
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files if file.is_file()), UTC)
+
+
+def state_of(record: RunRecord, now: datetime) -> str:
+    """``finished``, ``running`` or ``silent``.
+
+    A run is silent when it has not finished and has not written for three times its longest round, and for two minutes at least:
+    it died, was stopped, or is in a round that takes unusually long.
+    """
+    if record.summary is not None or (record.rounds and len(record.rounds) >= record.num_rounds):
+        return "finished"
+    longest_s = max((float(line.get("seconds") or 0) for line in record.rounds), default=0.0)
+    quiet_s = (now - last_sign_of_life(record)).total_seconds()
+    return "silent" if quiet_s > max(3 * longest_s, MIN_QUIET_S) else "running"
 
 
 def _read_rounds(path: Path, notes: list[str]) -> list[dict[str, Any]]:
