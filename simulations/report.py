@@ -55,17 +55,18 @@ def write_report(run_dir: Path) -> Path:
 def _context(record: RunRecord) -> dict[str, Any]:
     summary = record.summary or {}
     notes = list(record.notes)
+    tables = _tables(record)
     return {
         "name": record.name,
         "finished": record.summary is not None,
-        "passed": summary.get("passed"),
+        "passed": summary.get("passed") if any(row.passed is not None for table in tables for row in table.rows) else None,
         "rounds_done": len(record.rounds),
         "num_rounds": record.num_rounds,
         "last_seen": f"{last_sign_of_life(record):%Y-%m-%d %H:%M} UTC",
         "facts": _facts(record),
         "arms": ARMS,
         "metrics": METRICS,
-        "tables": _tables(record),
+        "tables": tables,
         "windows": windows(summary, record.tasks),
         "figures": _figures(record),
         "hospitals": _hospitals(record, notes),

@@ -120,7 +120,8 @@ def _row(name: str, entry: Mapping[str, Any], arms: list[str]) -> Row:
         number(_difference(psnr["together"], psnr["input"]), 2, sign=True),
         number(_difference(psnr["together"], psnr["alone"]), 2, sign=True),
         number(entry.get("required_gain_db"), 2),
-        entry.get("passed"),
+        # Without a requirement nothing was passed, whatever the gain.
+        entry.get("passed") if entry.get("required_gain_db") is not None else None,
     )
 
 

@@ -215,6 +215,17 @@ def test_numbers_that_are_missing_or_not_finite_are_dashes(run_dir: Path) -> Non
     assert [number(value, None) for value in (12.0, 0.18, 123.4, 99.97, 8.776)] == ["12.0", "0.180", "123", "100", "8.78"]
 
 
+def test_without_a_requirement_nothing_is_called_passed(run_dir: Path) -> None:
+    undemanding = summary()
+    for entry in undemanding["tasks"].values():
+        entry |= {"required_gain_db": None, "passed": True}
+    (run_dir / "summary.json").write_text(json.dumps(undemanding | {"passed": True}))
+    text = page(run_dir).text
+    assert "passed" not in text.lower()
+    assert "CT +3.50 dB" in text
+    assert "✓" not in text
+
+
 def test_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a folder with rounds\.jsonl"):
         write_report(tmp_path)
