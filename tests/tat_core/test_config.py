@@ -11,6 +11,8 @@ from typing import get_type_hints
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tat_core.config import (
     BalanceConfig,
@@ -147,6 +149,15 @@ def test_wrong_override_is_refused_in_house_form(overrides: str, words: list[str
     for foreign in ("hydra/", "omegaconf", "full_key", "object_type", "Traceback", "mismatched input"):
         assert foreign not in message
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(known_keys(RunConfig))), st.text(alphabet="019.,eE-+[]{}()'\"$:\\\n nulltruefas", max_size=12))
+def test_no_value_gets_past_with_another_kind_of_error(key: str, value: str) -> None:
+    try:
+        load_config("demo", [f"{key}={value}"])
+    except ValueError as error:
+        assert re.fullmatch(r"config: expected .+, got .+; .+", str(error))
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:
