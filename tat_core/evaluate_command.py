@@ -34,14 +34,14 @@ def command(
     from tat_core.config import EvaluateConfig
     from tat_core.data.prepared import open_split, prepare
     from tat_core.evaluate import score_slices
-    from tat_core.evaluation import SliceRow, evaluation_of, find_data_sets, label_slices, write_evaluation
+    from tat_core.evaluation import SliceRow, evaluation_of, find_data_sets, label_slices, usable_device, write_evaluation
     from tat_core.model.allocator import tune_allocator
 
     config = EvaluateConfig(tile_size=tile_size, tile_overlap=tile_overlap)
     folders = find_data_sets(data)
     tune_allocator()
     network, metadata = load_model(model)
-    network.to(device)
+    network.to(usable_device(device))
     console = Console()
     rows: list[SliceRow] = []
     with Progress(console=console, transient=True) as progress:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tat_core.checkpoint import replacing
 from tat_core.config import EvaluateConfig
 from tat_core.evaluate import Scores, SliceScores
@@ -61,6 +63,22 @@ def find_data_sets(folders: Sequence[Path]) -> dict[str, Path]:
             )
         found += [file.parent for file in files if file.parent not in found]
     return {"/".join(path.resolve().parts[-2:]): path for path in found}
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises
+    ------
+    ValueError
+        If this computer does not have it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"evaluate: expected a device of this computer, got {name!r}; try --device cpu") from None
+    return device
 
 
 def label_slices(scores: Iterable[SliceScores], split: PreparedSplit, data_set: str) -> Iterator[SliceRow]:

@@ -15,7 +15,7 @@ from tat_core.data.prepared import PreparedSplit, StoredCase, open_split, prepar
 from tat_core.data.volume import Volume, write_nifti
 from tat_core.evaluate import evaluate_split, score_slices
 from tat_core.evaluate_command import command
-from tat_core.evaluation import evaluation_of, find_data_sets, label_slices, write_evaluation
+from tat_core.evaluation import evaluation_of, find_data_sets, label_slices, usable_device, write_evaluation
 from tat_core.model.tat import build_model
 from tat_core.tasks import CT, PET, TASKS
 
@@ -130,3 +130,10 @@ def test_tat_evaluate(tmp_path: Path) -> None:
     assert found["tasks"]["CT"]["patients"] == 2
     assert set(found["tasks"]) <= set(TASKS)
     assert len(found["slices"]) == 4
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert usable_device("cpu").type == "cpu"
+    for name in ("cuda:99", "toaster"):
+        with pytest.raises(ValueError, match="expected a device of this computer"):
+            usable_device(name)
