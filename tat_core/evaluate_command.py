@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -58,13 +59,15 @@ def command(
 
 
 def _show(evaluation: dict[str, object], console: Console) -> None:
-    table = Table("Task", "Slices", "Patients", "", "PSNR dB", "SSIM", "RMSE", "", "Gain dB", padding=0, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for header in ("Task", "Slices", "Patients", "Images", "PSNR dB", "SSIM", "RMSE", "", "Gain dB"):
+        table.add_column(header, justify="left" if header in ("Task", "Images", "") else "right", no_wrap=True)
     tasks = evaluation["tasks"]
     assert isinstance(tasks, dict)
     for task, entry in tasks.items():
         for index, arm in enumerate(("input", "restored")):
             means = entry[arm]
-            scores = [f"{means['psnr']:.2f}", f"{means['ssim']:.4f}", f"{means['rmse']:.4g}"] if means else ["–"] * 3
+            scores = [f"{means['psnr']:.2f}", f"{means['ssim']:.4f}", f"{means['rmse']:#.4g}"] if means else ["–"] * 3
             gain = Text(f"{entry['gain_db']:+.2f}" if index and means else "", style="bold")
             facts = [task, str(entry["slices"]), str(entry["patients"])] if index == 0 else [""] * 3
             table.add_row(*facts, arm, *scores, entry["unit"], gain, end_section=bool(index))

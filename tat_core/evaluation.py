@@ -191,7 +191,7 @@ def _csv(evaluation: Mapping[str, Any]) -> str:
         task = TASKS[entry["task"]]
         values = [(entry[arm] or {}).get(metric) for arm in ARMS for metric in ("psnr", "ssim", "rmse")]
         slices = entry.get("slices", int(entry["input"] is not None))
-        span = entry.get("data_range") if level == "slice" else DATA_RANGE
+        span = entry.get("data_range") if level == "slice" else "per slice"
         table.writerow(
             [
                 level,
