@@ -133,7 +133,12 @@ def read_json(path: Path, operation: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object; atomic."""
+    """Write a JSON object; after a crash the file is the old or the whole new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.write_text(as_json(content), "utf-8")
     os.replace(temporary, path)
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """How every JSON file here is written; names that are not valid Unicode keep their bytes."""
+    return json.dumps(content, indent=2) + "\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from tat_core.data.dataset import SPLITS, Case, DataSet, open_data_set, read_json, write_json
+from tat_core.data.dataset import SPLITS, Case, as_json, open_data_set, read_json, write_json
+from tat_core.data.parallel import run_each
 from tat_core.data.volume import read_volume, to_display
 from tat_core.tasks import TASKS, Task
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 MAX_BAD_FRACTION = 0.05
+_JOURNAL = "journal.jsonl"  # what is stored already while prepare is at work
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,12 @@ def open_split(prepared_dir: Path, split: str) -> PreparedSplit:
     return PreparedSplit(TASKS[manifest["task"]], cases)
 
 
-def prepare(dataset_dir: Path, prepared_dir: Path | None = None) -> Path:
+def prepare(dataset_dir: Path, prepared_dir: Path | None = None, workers: int = 1) -> Path:
     """Decode a data set into the store that training reads; returns at once when nothing changed.
 
-    Cases that cannot be used go to quarantine.json with a reason and training goes on without them.
+    Cases that cannot be used go to quarantine.json with a reason and training goes on without them. An interrupted call goes on
+    where it was; a second
+    one redoes only what changed.
 
     Parameters
     ----------
@@ -117,6 +123,8 @@ def prepare(dataset_dir: Path, prepared_dir: Path | None = None) -> Path:
         Folder with dataset.json, splits.json, LQ and HQ.
     prepared_dir : pathlib.Path, optional
         Default ``<dataset_dir>/prepared``.
+    workers : int
+        Processes; each holds one case in memory.
 
     Returns
     -------
@@ -131,31 +139,72 @@ def prepare(dataset_dir: Path, prepared_dir: Path | None = None) -> Path:
     data = open_data_set(dataset_dir)
     store = prepared_dir or dataset_dir / "prepared"
     used = [case for case in data.cases if case.split and case.name not in data.quarantine]
-    sources = {case.name: _source_stamp(case) for case in used}
-    manifest_file = store / "manifest.json"
-    old = read_json(manifest_file, "prepare") if manifest_file.exists() else {}
-    known = {entry["case"]: entry for entries in old.get("splits", {}).values() for entry in entries}
-    if old.get("store") != STORE_VERSION or old.get("task") != data.task.name:
-        known = {}
-    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    bad: dict[str, str] = {}
+    known = _known_entries(store, data.task)
+    entries: dict[str, dict[str, Any]] = {}
+    jobs = []
     for case in used:
-        entry = known.get(case.name)
-        if entry is None or entry["source"] != sources[case.name] or not (store / entry["file"]).exists():
-            try:
-                entry = _store_case(data, case, store) | {"source": sources[case.name]}
-            except ValueError as error:
-                bad[case.name] = str(error)
-                continue
-        splits[case.split].append(entry | {"patient": case.patient})
-    if bad:
-        write_json(dataset_dir / "quarantine.json", {"cases": data.quarantine | bad})
-    _refuse_if_mostly_bad(len(data.quarantine) + len(bad), len(used) + len(data.quarantine))
-    manifest = {"store": STORE_VERSION, "task": data.task.name, "unit": data.task.unit, "splits": splits}
-    if manifest != old:
+        source, old = _source_stamp(case), known.get(case.name)
+        if old is not None and old["source"] == source and _is_complete(store, old):
+            entries[case.name] = old
+        else:
+            jobs.append((case, data.task, store, source))
+    bad: dict[str, str] = {}
+    if jobs:
         store.mkdir(parents=True, exist_ok=True)
-        write_json(manifest_file, manifest)
+    for (case, *_), outcome in run_each(_store_case, jobs, workers, "Preparing cases"):
+        if isinstance(outcome, ValueError):
+            bad[case.name] = str(outcome)
+        else:
+            entries[case.name] = outcome
+            with (store / _JOURNAL).open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps(outcome) + "\n")
+    if bad:
+        write_json(dataset_dir / "quarantine.json", {"format": 1, "cases": data.quarantine | bad})
+    _refuse_if_mostly_bad(len(data.quarantine) + len(bad), len(used) + len(data.quarantine))
+    splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for case in used:
+        if case.name in entries:
+            splits[case.split].append(entries[case.name] | {"patient": case.patient})
+    _write_manifest(store, {"store": STORE_VERSION, "task": data.task.name, "unit": data.task.unit, "splits": splits})
     return store
+
+
+def _known_entries(store: Path, task: Task) -> dict[str, dict[str, Any]]:
+    """Cases that an earlier or interrupted call stored."""
+    known: dict[str, dict[str, Any]] = {}
+    try:
+        manifest = read_json(store / "manifest.json", "prepare")
+    except ValueError:  # none yet, or damaged: then everything is stored again
+        manifest = {}
+    if manifest.get("store") == STORE_VERSION and manifest.get("task") == task.name:
+        known = {entry["case"]: entry for entries in manifest["splits"].values() for entry in entries}
+    if (store / _JOURNAL).exists():
+        for line in (store / _JOURNAL).read_text("utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
+                entry = json.loads(line)
+                if entry["task"] == task.name:
+                    known[entry["case"]] = entry
+    return known
+
+
+def _is_complete(store: Path, entry: dict[str, Any]) -> bool:
+    try:
+        return (store / entry["file"]).stat().st_size >= 4 * int(np.prod(entry["shape"]))
+    except OSError:
+        return False
+
+
+def _write_manifest(store: Path, manifest: dict[str, Any]) -> None:
+    """Publish the store, then drop what it no longer names."""
+    file = store / "manifest.json"
+    store.mkdir(parents=True, exist_ok=True)
+    if not file.exists() or file.read_text("utf-8") != as_json(manifest):
+        write_json(file, manifest)
+    (store / _JOURNAL).unlink(missing_ok=True)
+    named = {store / entry["file"] for entries in manifest["splits"].values() for entry in entries}
+    for path in store.glob("*.npy"):
+        if path not in named:
+            path.unlink()
 
 
 def _refuse_if_mostly_bad(bad: int, total: int) -> None:
@@ -180,24 +229,24 @@ def _source_stamp(case: Case) -> str:
     return digest.hexdigest()
 
 
-def _store_case(data: DataSet, case: Case, store: Path) -> dict[str, Any]:
-    lq, hq = read_pair(case, data.task)
-    array = np.stack([lq, hq])
-    name = hashlib.sha256(case.name.encode()).hexdigest()[:16]
-    file = Path(case.split) / f"{name}.npy"
-    target = store / file
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{name}.{os.getpid()}.part.npy")
+def _store_case(job: tuple[Case, Task, Path, str]) -> dict[str, Any]:
+    case, task, store, source = job
+    array = np.stack(read_pair(case, task))
+    name = hashlib.sha256(case.name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    temporary = store / f".{name}.{os.getpid()}.part.npy"
     try:
         np.save(temporary, array)
-        os.replace(temporary, target)
+        os.replace(temporary, store / f"{name}.npy")
     finally:
         temporary.unlink(missing_ok=True)
+    digest = hashlib.sha256(array.data).hexdigest()
     return {
         "case": case.name,
-        "file": file.as_posix(),
+        "task": task.name,
+        "file": f"{name}.npy",
         "shape": list(array.shape),
-        "sha256": hashlib.sha256(array.data).hexdigest(),
+        "sha256": digest,
+        "source": source,
     }
 
 
