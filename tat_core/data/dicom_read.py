@@ -289,3 +289,29 @@ def _affine(frames: Sequence[_Frame], notes: list[str]) -> np.ndarray:
     lps[:3, 2] = step
     lps[:3, 3] = first.position
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
+
+
+IDENTIFYING = (
+    *("PatientName", "PatientBirthDate", "PatientAddress", "PatientTelephoneNumbers", "OtherPatientIDs", "OtherPatientNames"),
+    *(
+        "InstitutionName",
+        "InstitutionAddress",
+        "ReferringPhysicianName",
+        "PerformingPhysicianName",
+        "OperatorsName",
+        "AccessionNumber",
+    ),
+    *("StudyDate", "IssuerOfPatientID", "AdditionalPatientHistory", "PatientComments"),
+)
+
+
+def identifying_elements(path: Path) -> set[str]:
+    """Keywords of filled elements that may name a patient; empty for a file that states that identity was removed.
+
+    A stated burned-in annotation counts even then.
+    """
+    dataset = pydicom.dcmread(path, stop_before_pixels=True)
+    found = {"BurnedInAnnotation"} if str(dataset.get("BurnedInAnnotation", "")).upper() == "YES" else set()
+    if str(dataset.get("PatientIdentityRemoved", "")).upper() != "YES":
+        found |= {keyword for keyword in IDENTIFYING if dataset.get(keyword)}
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,6 +145,16 @@ def _refuse_short_file(path: Path, claimed_bytes: int) -> None:
         available *= 1032  # the most that deflate can compress
     if claimed_bytes > available:
         raise ValueError(f"read_nifti: expected {claimed_bytes} bytes of voxels, got a file too short for them; copy it again")
+
+
+def nifti_texts(path: Path) -> set[str]:
+    """Free-text fields of a NIfTI header that hold a date, a long number or a name."""
+    header: Any = nib.load(path).header
+    texts = {
+        name: bytes(header[name]).rstrip(b"\0").decode("latin-1") for name in ("descrip", "aux_file", "db_name", "intent_name")
+    }
+    found = {name for name, text in texts.items() if re.search(r"(19|20)\d{6}|\d{7,}|\^", text)}
+    return found | ({"extensions"} if header.extensions else set())
 
 
 def write_nifti(volume: Volume, path: Path, dtype: np.dtype | type | str = np.float32) -> None:
