@@ -45,7 +45,7 @@ SOLE_IMPORTERS = {
     "opacus": {"tat_core/privacy.py"},
     "nibabel": {"tat_core/data/volume.py"},
     # the DICOM half of volume.py, in files of its own
-    "pydicom": {"tat_core/data/volume.py", "tat_core/data/dicom_read.py", "tat_core/data/dicom_write.py"},
+    "pydicom": {f"tat_core/data/dicom_{part}.py" for part in ("read", "write", "derive")},
 }
 MAX_LINES = 400
 

@@ -154,10 +154,12 @@ def test_wrong_override_is_refused_in_house_form(overrides: str, words: list[str
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.sampled_from(sorted(known_keys(RunConfig))), st.text(alphabet="019.,eE-+[]{}()'\"$:\\\n nulltruefas", max_size=12))
 def test_no_value_gets_past_with_another_kind_of_error(key: str, value: str) -> None:
+    message = ""
     try:
         load_config("demo", [f"{key}={value}"])
     except ValueError as error:
-        assert re.fullmatch(r"config: expected .+, got .+; .+", str(error))
+        message = str(error)
+    assert not message or re.fullmatch(r"config: expected .+, got .+; .+", message)
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:
