@@ -59,7 +59,7 @@ def check_case(job: tuple[Case, Task]) -> CaseFacts:
     case, task = job
     lq, hq = read_pair(case, task)
     findings = [
-        *_units(case.name, hq, task),
+        *unit_findings(case.name, hq, task),
         *_content(case.name, lq, hq),
         *_registration(case.name, lq, hq),
         *_burned_in(case.name, hq),
@@ -69,7 +69,8 @@ def check_case(job: tuple[Case, Task]) -> CaseFacts:
     return CaseFacts(tuple(findings), tuple(hashes))
 
 
-def _units(case: str, hq: np.ndarray, task: Task) -> Iterator[Finding]:
+def unit_findings(case: str, hq: np.ndarray, task: Task) -> Iterator[Finding]:
+    """Whether values can be in the unit of the task at all: CT with air, PET in SUV, MRI not yet scaled."""
     low, high = (float(value) for value in np.percentile(hq, (0.5, 99.9)))
     why = f"values must be {task.unit}, as all other hospitals' are"
     if task.name == "CT":

@@ -12,17 +12,16 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import iter_pixels, pixel_array
 
+from tat_core.data.dicom_geometry import Frame, drop_duplicates, read_number, read_vector, sorted_by_geometry, stack_affine
 from tat_core.data.suv import suv_factor
 
 MAX_VOXELS = 2**28  # 1 GiB in float32: 1024 slices of 512 × 512
 MODALITIES = {"CT": "CT", "MRI": "MR", "PET": "PT"}
-_POSITION_TOLERANCE_MM = 0.01
-_SPACING_TOLERANCE = 0.1  # of the distance between slices
 
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """One series as an array; fields as in `tat_core.data.volume.Volume`."""
+    """One series as an array; fields as in `tat_core.data.volume.Volume`, and the frames in the order of the slices."""
 
     voxels: np.ndarray
     affine: np.ndarray
@@ -30,17 +29,8 @@ class DicomSeries:
     stored_dtype: str
     patient: str
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Frame:
-    dataset: Any
-    index: int | None  # frame number within a multi-frame object
-    position: np.ndarray
-    orientation: np.ndarray
-    spacing_mm: np.ndarray  # between rows, between columns
-    slope: float
-    intercept: float
+    frames: tuple[Frame, ...]
+    unit_factor: float
 
 
 def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
@@ -67,7 +57,7 @@ def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
         raise ValueError(
             f"read_dicom: expected at most {MAX_VOXELS} voxels, got {len(frames)} slices of {rows} × {columns}; split the series"
         )
-    frames, notes = _sorted_by_geometry(frames)
+    frames, notes = sorted_by_geometry(frames), list[str]()
     factor, unit_note = suv_factor(frames[0].dataset) if task_name == "PET" else (1.0, "")
     stack = np.empty((len(frames), rows, columns), np.float32)
     stored_dtype = ""
@@ -78,7 +68,7 @@ def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
         np.multiply(pixels, np.float32(frame.slope * factor), out=stack[k], casting="unsafe")
         if frame.intercept:
             stack[k] += np.float32(frame.intercept * factor)
-    duplicates = _drop_duplicates(frames, stack)
+    duplicates = drop_duplicates(frames, stack)
     if skipped:
         notes.append(f"{skipped} files are not DICOM images and were left out")
     if unit_note:
@@ -86,9 +76,9 @@ def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
     if len(duplicates) < len(frames):
         notes.append(f"{len(frames) - len(duplicates)} slices came twice with the same content; one of each was kept")
         frames, stack = [frames[k] for k in duplicates], stack[duplicates]
-    affine = _affine(frames, notes)
+    affine = stack_affine(frames, notes)
     patient = str(datasets[0].get("PatientID", "") or "")
-    return DicomSeries(stack.transpose(2, 1, 0), affine, modality, stored_dtype, patient, tuple(notes))
+    return DicomSeries(stack.transpose(2, 1, 0), affine, modality, stored_dtype, patient, tuple(notes), tuple(frames), factor)
 
 
 def _open_images(paths: Sequence[Path]) -> tuple[list[Any], int]:
@@ -135,7 +125,7 @@ def _image_size(datasets: Sequence[Any]) -> tuple[int, int]:
             raise ValueError(
                 "read_dicom: expected a rescale slope, got a modality look-up table; export the series with linear rescale"
             )
-        sizes.add((_number(dataset, "Rows"), _number(dataset, "Columns")))
+        sizes.add((read_number(dataset, "Rows"), read_number(dataset, "Columns")))
     if len(sizes) != 1:
         raise ValueError(
             f"read_dicom: expected slices of one size, got {len(sizes)} sizes; remove localisers and mixed acquisitions"
@@ -146,33 +136,10 @@ def _image_size(datasets: Sequence[Any]) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _number(dataset: Any, keyword: str, default: float | None = None) -> float:
-    try:
-        value = dataset.get(keyword)
-        number = default if value is None or value == "" else float(value)
-    except Exception:  # a value that does not parse as its VR
-        number = None
-    if number is None or not np.isfinite(number):
-        raise ValueError(f"read_dicom: expected a number in {keyword}, got none; retrieve the series again")
-    return number
-
-
-def _vector(dataset: Any, keyword: str, length: int) -> np.ndarray:
-    try:
-        vector = np.array([float(value) for value in dataset.get(keyword) or ()])
-    except Exception:
-        vector = np.empty(0)
-    if vector.shape != (length,) or not np.isfinite(vector).all():
-        raise ValueError(
-            f"read_dicom: expected {length} numbers in {keyword}, got {vector.size}; only images with geometry can be used"
-        )
-    return vector
-
-
-def _frames(dataset: Any) -> list[_Frame]:
+def _frames(dataset: Any) -> list[Frame]:
     """One entry per 2-D frame, with the geometry and rescale of that frame."""
     if "PerFrameFunctionalGroupsSequence" not in dataset:
-        count = _number(dataset, "NumberOfFrames", 1)
+        count = read_number(dataset, "NumberOfFrames", 1)
         if count != 1:
             raise ValueError(
                 f"read_dicom: expected geometry for each frame, got {count:g} frames without; export as enhanced or single-frame"
@@ -180,7 +147,7 @@ def _frames(dataset: Any) -> list[_Frame]:
         return [_frame(dataset, None, dataset, dataset, dataset, dataset)]
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     groups = dataset.PerFrameFunctionalGroupsSequence
-    if len(groups) != int(_number(dataset, "NumberOfFrames", 1)):
+    if len(groups) != int(read_number(dataset, "NumberOfFrames", 1)):
         raise ValueError(f"read_dicom: expected geometry for each frame, got {len(groups)} entries; retrieve the object again")
 
     def part(group: Any, keyword: str) -> Any:
@@ -202,9 +169,9 @@ def _frames(dataset: Any) -> list[_Frame]:
     ]
 
 
-def _frame(dataset: Any, index: int | None, place: Any, orientation: Any, measures: Any, rescale: Any) -> _Frame:
-    spacing = _vector(measures, "PixelSpacing", 2)
-    axes = _vector(orientation, "ImageOrientationPatient", 6)
+def _frame(dataset: Any, index: int | None, place: Any, orientation: Any, measures: Any, rescale: Any) -> Frame:
+    spacing = read_vector(measures, "PixelSpacing", 2)
+    axes = read_vector(orientation, "ImageOrientationPatient", 6)
     if (spacing <= 0).any():
         raise ValueError("read_dicom: expected a positive pixel spacing, got zero or less; retrieve the series again")
     gram = axes.reshape(2, 3) @ axes.reshape(2, 3).T
@@ -212,27 +179,14 @@ def _frame(dataset: Any, index: int | None, place: Any, orientation: Any, measur
         raise ValueError(
             "read_dicom: expected two perpendicular unit vectors as image orientation, got others; retrieve the series again"
         )
-    position = _vector(place, "ImagePositionPatient", 3)
-    slope, intercept = _number(rescale, "RescaleSlope", 1.0), _number(rescale, "RescaleIntercept", 0.0)
+    position = read_vector(place, "ImagePositionPatient", 3)
+    slope, intercept = read_number(rescale, "RescaleSlope", 1.0), read_number(rescale, "RescaleIntercept", 0.0)
     if slope == 0.0:
         raise ValueError("read_dicom: expected a rescale slope, got 0; retrieve the series again")
-    return _Frame(dataset, index, position, axes, spacing, slope, intercept)
+    return Frame(dataset, index, position, axes, spacing, slope, intercept)
 
 
-def _sorted_by_geometry(frames: Sequence[_Frame]) -> tuple[list[_Frame], list[str]]:
-    first = frames[0]
-    for frame in frames:
-        if not np.allclose(frame.orientation, first.orientation, atol=1e-3) or not np.allclose(
-            frame.spacing_mm, first.spacing_mm, rtol=1e-3
-        ):
-            raise ValueError(
-                "read_dicom: expected parallel slices of one pixel size, got several; remove localisers and reformats"
-            )
-    normal = np.cross(first.orientation[:3], first.orientation[3:])
-    return sorted(frames, key=lambda frame: float(frame.position @ normal)), []
-
-
-def _decode(frame: _Frame, decoded: dict[int, Any], shape: tuple[int, int]) -> np.ndarray:
+def _decode(frame: Frame, decoded: dict[int, Any], shape: tuple[int, int]) -> np.ndarray:
     """Pixels of one frame; a multi-frame object is decoded once and kept while its frames are asked for."""
     try:
         if frame.index is None:
@@ -249,46 +203,6 @@ def _decode(frame: _Frame, decoded: dict[int, Any], shape: tuple[int, int]) -> n
     if pixels.shape != shape:
         raise ValueError(f"read_dicom: expected pixels of shape {shape}, got {pixels.shape}; retrieve the series again")
     return pixels
-
-
-def _drop_duplicates(frames: Sequence[_Frame], stack: np.ndarray) -> list[int]:
-    """Indices to keep: of slices at one place with equal content the first; different content is a mixed series."""
-    kept = [0]
-    for k in range(1, len(frames)):
-        if np.linalg.norm(frames[k].position - frames[kept[-1]].position) > _POSITION_TOLERANCE_MM:
-            kept.append(k)
-        elif not np.array_equal(stack[k], stack[kept[-1]]):
-            raise ValueError(
-                "read_dicom: expected one image per position, got several different ones; split echoes, phases and time points"
-            )
-    return kept
-
-
-def _affine(frames: Sequence[_Frame], notes: list[str]) -> np.ndarray:
-    """Index (column, row, slice) to right-anterior-superior mm."""
-    first, last = frames[0], frames[-1]
-    normal = np.cross(first.orientation[:3], first.orientation[3:])
-    if len(frames) == 1:
-        thickness = _number(first.dataset, "SliceThickness", 1.0)
-        step = normal * (thickness if thickness > 0 else 1.0)
-        notes.append("a single slice: the distance between slices is its thickness")
-    else:
-        step = (last.position - first.position) / (len(frames) - 1)
-        gaps = np.diff([float(frame.position @ normal) for frame in frames])
-        usual = float(np.median(gaps))
-        missing = int(np.sum(np.rint(gaps / usual) - 1)) if usual > 0 else 0
-        if missing > 0:
-            raise ValueError(
-                f"read_dicom: expected evenly spaced slices, got gaps where {missing} are missing; retrieve the series again"
-            )
-        if np.abs(gaps - usual).max() > _SPACING_TOLERANCE * usual:
-            raise ValueError("read_dicom: expected evenly spaced slices, got varying distances; resample the series first")
-    lps = np.eye(4)
-    lps[:3, 0] = first.orientation[:3] * first.spacing_mm[1]
-    lps[:3, 1] = first.orientation[3:] * first.spacing_mm[0]
-    lps[:3, 2] = step
-    lps[:3, 3] = first.position
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps
 
 
 IDENTIFYING = (
@@ -315,3 +229,17 @@ def identifying_elements(path: Path) -> set[str]:
     if str(dataset.get("PatientIdentityRemoved", "")).upper() != "YES":
         found |= {keyword for keyword in IDENTIFYING if dataset.get(keyword)}
     return found
+
+
+def modality_of(paths: Sequence[Path]) -> str:
+    """The modality of the first DICOM image among some files; empty if there is none."""
+    for path in paths:
+        try:
+            modality = pydicom.dcmread(path, specific_tags=["Modality", "Rows"]).get("Modality")
+        except OSError:
+            raise
+        except Exception:  # not DICOM, or damaged: the next one may tell
+            continue
+        if modality:
+            return str(modality)
+    return ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
     CTImageStorage,
@@ -101,9 +104,9 @@ def _slice(volume: Volume, k: int, modality: str, patient: str, study_key: str, 
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SpecificCharacterSet = "ISO_IR 192"
     dataset.SOPClassUID = _SOP_CLASSES[modality]
-    dataset.SOPInstanceUID = _uid(study_key, series_key, str(k))
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = _uid(study_key), _uid(study_key, series_key)
-    dataset.FrameOfReferenceUID = _uid(study_key, "frame of reference")
+    dataset.SOPInstanceUID = new_uid(study_key, series_key, str(k))
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = new_uid(study_key), new_uid(study_key, series_key)
+    dataset.FrameOfReferenceUID = new_uid(study_key, "frame of reference")
     for keyword in (
         *("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID", "PatientBirthDate", "PatientSex"),
         *("PositionReferenceIndicator", "Manufacturer"),
@@ -146,5 +149,28 @@ def _set_pixels(dataset: Dataset, image: np.ndarray, modality: str) -> None:
     dataset.PixelData = np.ascontiguousarray(stored).tobytes()
 
 
-def _uid(*keys: str) -> str:
+def new_item(**elements: object) -> Dataset:
+    """A sequence item with these elements."""
+    item = Dataset()
+    for keyword, value in elements.items():
+        setattr(item, keyword, value)
+    return item
+
+
+def copy_of(original: Dataset, dropped: Collection[str], kept_private_group: int) -> Dataset:
+    """A copy to be written uncompressed, without some elements, private ones (but of one group) and any that does not parse."""
+    copied = Dataset()
+    unwanted = {tag_for_keyword(keyword) for keyword in dropped}
+    for tag in original.keys():  # noqa: SIM118 - iterating a data set would parse, and may raise
+        if tag in unwanted or tag.group == 2 or (tag.is_private and tag.group != kept_private_group):
+            continue
+        with contextlib.suppress(Exception):
+            copied[tag] = copy.deepcopy(original[tag])
+    copied.file_meta = FileMetaDataset()
+    copied.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return copied
+
+
+def new_uid(*keys: str) -> str:
+    """The UID that belongs to these keys; the same keys give the same one."""
     return str(generate_uid(entropy_srcs=["fed-tat", *keys]))

@@ -133,9 +133,13 @@ def read_nifti(path: Path, unit: str) -> Volume:
         raise ValueError(
             f"read_nifti: expected {voxel_count} voxels, got damaged data ({type(error).__name__}); copy it again"
         ) from None
+    slope, intercept = image.dataobj.slope, image.dataobj.inter
+    stored = (
+        dtype.newbyteorder("=").name if (slope, intercept) == (1.0, 0.0) else "float32"
+    )  # scaled integers do not hold the values
     affine[:3] *= _MM_PER_UNIT.get(space_unit, 1.0)
     notes = ("the header states no orientation (sform and qform codes are 0)",) if codes == (0, 0) else ()
-    return Volume(voxels, affine, unit, stored_dtype=dtype.newbyteorder("=").name, notes=notes)
+    return Volume(voxels, affine, unit, stored_dtype=stored, notes=notes)
 
 
 def _refuse_short_file(path: Path, claimed_bytes: int) -> None:

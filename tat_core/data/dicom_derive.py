@@ -1,0 +1,188 @@
+"""A restored series as DICOM beside its source: same patient, study and geometry, new series, marked as derived."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tat_core.data.dicom_read import DicomSeries, Frame
+from tat_core.data.dicom_write import copy_of, new_item, new_uid
+
+RESEARCH_USE = "research use"
+_NO_LONGER_TRUE = (
+    *("PixelData", "FloatPixelData", "DoubleFloatPixelData", "SmallestImagePixelValue", "LargestImagePixelValue"),
+    *("IconImageSequence", "DigitalSignaturesSequence", "MACParametersSequence", "ReferencedImageEvidenceSequence"),
+    *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "OriginalAttributesSequence", "SourceImageSequence"),
+)
+_SUV_GROUP = 0x7053  # Philips' SUV factor: without it counts cannot be turned into SUV
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What made a derived series.
+
+    Attributes
+    ----------
+    model_hash : str
+        sha256 of the network's parameters.
+    description : str
+        For DerivationDescription.
+    kind : str
+        ``"restored"`` or ``"residual"`` (restored minus source, may be negative).
+    """
+
+    model_hash: str
+    description: str
+    kind: str = "restored"
+
+
+def write_derived_series(source: DicomSeries, stack: np.ndarray, folder: Path, derivation: Derivation) -> None:
+    """Write a derived series into a new folder; atomic.
+
+    Parameters
+    ----------
+    source : DicomSeries
+        As `tat_core.data.dicom_read.read_dicom_files` returned it.
+    stack : numpy.ndarray, (slices, rows, columns), float32
+        New values in the unit of the source's voxels, in the order of its slices.
+    folder : pathlib.Path
+        Must not exist.
+    derivation : Derivation
+
+    Raises
+    ------
+    ValueError
+        If the folder exists or the shape is not the source's.
+    """
+    if folder.exists():
+        raise ValueError("write_derived_series: expected a new folder, got one that exists; nothing was overwritten")
+    columns, rows, slices = source.voxels.shape
+    if stack.shape != (slices, rows, columns):
+        raise ValueError(
+            f"write_derived_series: expected shape {(slices, rows, columns)}, got {stack.shape}; restore the same series"
+        )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for number, frames in enumerate(_by_object(source.frames)):
+            derived = _derived_object(source, frames, stack, derivation)
+            derived.save_as(temporary / f"{number:04d}.dcm", enforce_file_format=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _by_object(frames: Sequence[Frame]) -> Iterator[list[tuple[int, Frame]]]:
+    """Slices grouped by the DICOM object that holds them, each with its place in the stack."""
+    groups: dict[int, list[tuple[int, Frame]]] = {}
+    for k, frame in enumerate(frames):
+        groups.setdefault(id(frame.dataset), []).append((k, frame))
+    yield from groups.values()
+
+
+def _derived_object(source: DicomSeries, frames: list[tuple[int, Frame]], stack: np.ndarray, derivation: Derivation) -> Any:
+    original = frames[0][1].dataset
+    dataset = copy_of(original, _NO_LONGER_TRUE, _SUV_GROUP)
+    _set_identity(dataset, original, derivation)
+    _set_provenance(dataset, original, derivation)
+    _set_pixels(dataset, source, frames, stack, derivation)
+    return dataset
+
+
+def _set_identity(dataset: Any, original: Any, derivation: Derivation) -> None:
+    keys = derivation.model_hash, derivation.kind
+    dataset.SOPInstanceUID = new_uid(str(original.get("SOPInstanceUID", "")), *keys)
+    dataset.SeriesInstanceUID = new_uid(str(original.get("SeriesInstanceUID", "")), *keys)
+    dataset.SeriesNumber = 1000 * (1 + (derivation.kind == "residual")) + int(original.get("SeriesNumber") or 0) % 1000
+    suffix = f" TAT {derivation.kind} - {RESEARCH_USE}"
+    dataset.SeriesDescription = str(original.get("SeriesDescription", "") or "")[: 64 - len(suffix)] + suffix
+    now = datetime.now()
+    dataset.InstanceCreationDate, dataset.InstanceCreationTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+    dataset.ImageType = _derived_type(original.get("ImageType"))
+    groups = [*dataset.get("SharedFunctionalGroupsSequence", []), *dataset.get("PerFrameFunctionalGroupsSequence", [])]
+    for group in groups:
+        for element in group:
+            if element.keyword.endswith("FrameTypeSequence"):
+                for item in element.value:
+                    item.FrameType = _derived_type(item.get("FrameType"))
+
+
+def _derived_type(values: Any) -> list[str]:
+    listed = [str(value) for value in values] if isinstance(values, Sequence) and not isinstance(values, str) else []
+    return ["DERIVED", "SECONDARY", *listed[2:]]
+
+
+def _set_provenance(dataset: Any, original: Any, derivation: Derivation) -> None:
+    dataset.DerivationDescription = derivation.description
+    dataset.DerivationCodeSequence = [_code("RESTORE", "99FEDTAT", "Learned image restoration")]
+    reference = new_item(
+        ReferencedSOPClassUID=original.SOPClassUID,
+        ReferencedSOPInstanceUID=original.SOPInstanceUID,
+        PurposeOfReferenceCodeSequence=[_code("121322", "DCM", "Source image for image processing operation")],
+    )
+    if "PerFrameFunctionalGroupsSequence" in dataset:
+        item = new_item(DerivationCodeSequence=dataset.DerivationCodeSequence, SourceImageSequence=[reference])
+        item.DerivationDescription = derivation.description
+        for group in dataset.PerFrameFunctionalGroupsSequence:
+            group.DerivationImageSequence = [item]
+    else:
+        dataset.SourceImageSequence = [reference]
+    equipment = new_item(
+        PurposeOfReferenceCodeSequence=[_code("109102", "DCM", "Processing Equipment")],
+        Manufacturer="fed-tat",
+        ManufacturerModelName="TAT",
+        SoftwareVersions=[version("fed-tat"), f"model {derivation.model_hash[:56]}"],
+        ContributionDescription=f"{derivation.description}; model sha256 {derivation.model_hash}",
+    )
+    dataset.ContributingEquipmentSequence = [*dataset.get("ContributingEquipmentSequence", []), equipment]
+
+
+def _code(value: str, scheme: str, meaning: str) -> Any:
+    return new_item(CodeValue=value, CodingSchemeDesignator=scheme, CodeMeaning=meaning)
+
+
+def _set_pixels(
+    dataset: Any, source: DicomSeries, frames: list[tuple[int, Frame]], stack: np.ndarray, derivation: Derivation
+) -> None:
+    residual = derivation.kind == "residual"
+    if residual:  # the source's type may not hold negative values
+        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+        for keyword in (
+            "PixelPaddingValue",
+            "PixelPaddingRangeLimit",
+            "WindowCenter",
+            "WindowWidth",
+            "WindowCenterWidthExplanation",
+        ):
+            if keyword in dataset:
+                delattr(dataset, keyword)
+    bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
+    allocated = np.dtype(f"{'i' if signed else 'u'}{int(dataset.BitsAllocated) // 8}")
+    lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    in_order = sorted(frames, key=lambda entry: entry[1].index or 0)
+    planes = []
+    for k, frame in in_order:
+        values = stack[k].astype(np.float64) / source.unit_factor
+        slope, intercept = frame.slope, 0.0 if residual else frame.intercept
+        reach = float(np.abs(values - intercept).max(initial=0.0))
+        if frame.index is None and "RescaleSlope" in dataset:
+            if source.modality == "PT" or residual:  # each PET slice may have its own slope: fit it to the new maximum
+                slope = max(slope, float(f"{reach / highest * 1.0001:.9e}"))
+            dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
+            slope = float(dataset.RescaleSlope)
+        planes.append(np.clip(np.rint((values - intercept) / slope), lowest, highest).astype(allocated.newbyteorder("<")))
+    dataset.PixelData = b"".join(plane.tobytes() for plane in planes)
+    if len(dataset.PixelData) % 2:
+        dataset.PixelData += b"\0"
+    dataset["PixelData"].VR = "OW" if allocated.itemsize > 1 else "OB"
+    if len(planes) > 1 or frames[0][1].index is not None:
+        dataset.NumberOfFrames = len(planes)
