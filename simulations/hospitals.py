@@ -26,7 +26,7 @@ from tat_core.data.prepared import prepare
 from tat_core.data.volume import Volume, write_nifti
 from tat_core.tasks import TASKS
 
-BUILD_VERSION = 4  # raise it when this file or the physics changes what is written
+BUILD_VERSION = 5  # raise it when this file or the physics changes what is written
 MARKER = "built.json"
 PROFILES = ("demo", "smoke")
 

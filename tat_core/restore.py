@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
@@ -20,6 +19,7 @@ from tat_core.data.dicom_read import MODALITIES, DicomSeries, modality_of, read_
 from tat_core.data.listing import files_below
 from tat_core.data.volume import NIFTI_SUFFIXES, Volume, from_display, read_volume, to_display, write_nifti
 from tat_core.evaluate import restore_image
+from tat_core.model.tat import MIN_SIDE
 from tat_core.tasks import TASKS, Task
 
 
@@ -184,12 +184,13 @@ def restore_volume(model: nn.Module, volume: Volume, task: Task, options: Restor
     low, high = task.intensity_range
     if float(np.percentile(stack, 99.0)) > high:
         raise ValueError(f"restore: expected values up to {high:g} {task.unit}, got more than 1 % above; scale the images first")
-    restored = np.stack(
-        [
-            restore_image(model, image, task, options.tile_size, options.tile_overlap, torch.device(options.device))
-            for image in stack
-        ]
-    )
+    rows, columns = stack.shape[1:]
+    missing = max(MIN_SIDE - rows, 0), max(MIN_SIDE - columns, 0)
+    padded = np.pad(stack, ((0, 0), (0, missing[0]), (0, missing[1])), mode="symmetric") if any(missing) else stack
+    restored = np.empty_like(stack)
+    for k, image in enumerate(padded):
+        whole = restore_image(model, image, task, options.tile_size, options.tile_overlap, options.device)
+        restored[k] = whole[:rows, :columns]
     return from_display(np.where((stack < low) | (stack > high), stack, restored), volume)
 
 

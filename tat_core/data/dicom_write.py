@@ -109,7 +109,7 @@ def _slice(volume: Volume, k: int, modality: str, patient: str, study_key: str, 
     dataset.FrameOfReferenceUID = new_uid(study_key, "frame of reference")
     for keyword in (
         *("StudyDate", "StudyTime", "AccessionNumber", "ReferringPhysicianName", "StudyID", "PatientBirthDate", "PatientSex"),
-        *("PositionReferenceIndicator", "Manufacturer"),
+        *("PositionReferenceIndicator", "Manufacturer", "Laterality"),
     ):
         setattr(dataset, keyword, "")
     dataset.PatientID, dataset.PatientName = patient, patient

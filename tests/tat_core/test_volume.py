@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset
+from dicom_samples import multi_frame, ramp_volume, turned_affine, write_ct
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from tat_core.data.dicom_write import write_dicom_series
@@ -19,26 +19,6 @@ from tat_core.tasks import CT, MRI, PET, TASKS
 ORIENTATIONS = [
     (permutation, signs) for permutation in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
 ]
-
-
-def ramp_volume(affine: np.ndarray | None = None, shape: tuple[int, int, int] = (7, 6, 5)) -> Volume:
-    voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) - 100
-    return Volume(voxels, np.diag([2.0, 1.5, 3.0, 1.0]) if affine is None else affine, "HU")
-
-
-def turned_affine(permutation: tuple[int, ...], signs: tuple[int, ...]) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for axis, (row, sign) in enumerate(zip(permutation, signs, strict=True)):
-        affine[row, axis] = sign * (1.5, 2.0, 2.5)[axis]
-    affine[:3, 3] = 10.25, -20.5, 30.75
-    return affine
-
-
-def write_ct(folder: Path, volume: Volume | None = None, **options: object) -> Path:
-    arguments = {"modality": "CT", "patient": "p", "study_key": "study", "series_key": "series"} | options
-    write_dicom_series(volume or ramp_volume(), folder, **arguments)  # type: ignore[arg-type]
-    return folder
 
 
 @pytest.mark.parametrize(("permutation", "signs"), ORIENTATIONS)
@@ -116,40 +96,6 @@ def test_compressed_transfer_syntaxes(tmp_path: Path, syntax) -> None:
         dataset.compress(syntax)
         dataset.save_as(path)
     np.testing.assert_array_equal(read_volume(folder, CT).voxels, volume.voxels[:, :, :])
-
-
-def multi_frame(volume: Volume, folder: Path) -> Path:
-    """The volume as one enhanced CT object, frames in a scrambled order, made from the single-frame files."""
-    slices = [pydicom.dcmread(path) for path in sorted(write_ct(folder / "single", volume).iterdir())]
-    order = np.random.default_rng(0).permutation(len(slices))
-    enhanced = pydicom.dcmread(sorted((folder / "single").iterdir())[0])
-    for keyword in (
-        "ImagePositionPatient",
-        "ImageOrientationPatient",
-        "PixelSpacing",
-        "SliceThickness",
-        "RescaleSlope",
-        "RescaleIntercept",
-    ):
-        delattr(enhanced, keyword)
-    enhanced.SOPClassUID = enhanced.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
-    enhanced.NumberOfFrames = len(slices)
-    shared, measures, orientation = Dataset(), Dataset(), Dataset()
-    measures.PixelSpacing, measures.SliceThickness = slices[0].PixelSpacing, slices[0].SliceThickness
-    orientation.ImageOrientationPatient = slices[0].ImageOrientationPatient
-    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
-    enhanced.SharedFunctionalGroupsSequence = [shared]
-    groups = []
-    for k in order:
-        group, place, rescale = Dataset(), Dataset(), Dataset()
-        place.ImagePositionPatient = slices[k].ImagePositionPatient
-        rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, 0, "HU"
-        group.PlanePositionSequence, group.PixelValueTransformationSequence = [place], [rescale]
-        groups.append(group)
-    enhanced.PerFrameFunctionalGroupsSequence = groups
-    enhanced.PixelData = b"".join(slices[k].PixelData for k in order)
-    enhanced.save_as(folder / "enhanced.dcm")
-    return folder / "enhanced.dcm"
 
 
 def test_enhanced_multi_frame_equals_single_frame(tmp_path: Path) -> None:
