@@ -83,15 +83,19 @@ def in_parallel(
     """Do the jobs in processes of their own, in order of their results; `on_poll` gets the training steps done so far by all."""
     context = mp.get_context("spawn")
     steps = context.Value(c_int64, 0)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_share, initargs=(steps,)) as pool:
-        pending = [pool.submit(work, job) for job in jobs]
-        try:
-            while wait(pending, timeout=0.5).not_done:
-                on_poll(steps.value)
-            return [future.result() for future in pending]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_share, initargs=(steps,))
+    pending = [pool.submit(work, job) for job in jobs]
+    try:
+        while wait(pending, timeout=0.5).not_done:
+            on_poll(steps.value)
+        return [future.result() for future in pending]
+    except BaseException:
+        # Without this, leaving would wait for jobs that nobody wants any more.
+        for process in mp.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _share(steps: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from tat_core.data.prepared import prepare
 from tat_core.data.volume import Volume, write_nifti
 from tat_core.tasks import TASKS
 
-BUILD_VERSION = 5  # raise it when this file or the physics changes what is written
+BUILD_VERSION = 7  # raise it when this file or the physics changes what is written
 MARKER = "built.json"
 PROFILES = ("demo", "smoke")
 
@@ -119,7 +120,7 @@ def build_hospitals(root: Path, profile: str = "demo", seed: int = 42, workers: 
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, transient=True) as progress, ThreadPoolExecutor(workers) as pool:
+        with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress, ThreadPoolExecutor(workers) as pool:
             bar = progress.add_task("Simulating hospitals", total=len(missing))
             futures = [pool.submit(_build, root, hospital, profile == "smoke", seed, made_of) for hospital in missing]
             try:

@@ -160,11 +160,13 @@ def _hann_ramp(size: int) -> np.ndarray:
     return ramp * (0.5 + 0.5 * np.cos(np.pi * np.arange(size // 2 + 1) / (size // 2)))
 
 
-def mri_super_resolution(image: np.ndarray, factor: int = 4) -> np.ndarray:
+def mri_super_resolution(
+    image: np.ndarray, factor: int = 4, noise_std: float = 0.0, rng: np.random.Generator | None = None
+) -> np.ndarray:
     """What a scan with `factor` times coarser pixels in both directions would show on the same grid.
 
     Keeps the central 1/factor of k-space along rows and columns, fills the rest with zeros and takes the magnitude (the published
-    benchmark's recipe).
+    benchmark's recipe). A short or low-field scan is noisy as well: complex Gaussian noise in the samples kept.
 
     Parameters
     ----------
@@ -172,6 +174,10 @@ def mri_super_resolution(image: np.ndarray, factor: int = 4) -> np.ndarray:
         Magnitude image in scanner units.
     factor : int
         1 keeps everything.
+    noise_std : float
+        Standard deviation of the noise in each of the real and imaginary parts of the zero-filled image, in scanner units.
+    rng : numpy.random.Generator, optional
+        Draws the noise; needed if there is any.
 
     Returns
     -------
@@ -192,4 +198,9 @@ def mri_super_resolution(image: np.ndarray, factor: int = 4) -> np.ndarray:
     mask = np.zeros((rows, columns), bool)
     top, left = rows // 2 - kept_rows // 2, columns // 2 - kept_columns // 2
     mask[top : top + kept_rows, left : left + kept_columns] = True
+    if noise_std > 0:
+        assert rng is not None, "noise needs a random generator"
+        # The inverse transform divides by the number of pixels, and only the kept samples carry noise.
+        scale = noise_std * rows * columns / np.sqrt(kept_rows * kept_columns)
+        spectrum += scale * (rng.standard_normal(spectrum.shape) + 1j * rng.standard_normal(spectrum.shape))
     return np.abs(np.fft.ifft2(np.fft.ifftshift(spectrum * mask, axes=(-2, -1)))).astype(np.float32)

@@ -16,7 +16,8 @@ _GELU_RMS = 0.652  # of gelu(x) for standard normal x
 def wake(model: nn.Module, tren: Tren) -> None:
     """Make the generated part about 15 % of each kernel's norm from the first step.
 
-    The trunk keeps its signal's scale, the generators get inputs and give outputs of unit scale, and the gates open.
+    The trunk keeps its signal's scale, the generators get inputs and give outputs of unit scale, and the gates open. The output
+    starts small, so that the network starts as nearly the identity and spends no step on undoing a random picture.
 
     Parameters
     ----------
@@ -25,6 +26,7 @@ def wake(model: nn.Module, tren: Tren) -> None:
     tren : Tren
         The model's hypernetwork, built with ``normalise=True``.
     """
+    model.get_parameter("output.weight").mul_(0.01)
     for module in model.modules():
         if isinstance(module, KernelMix):
             module.gate.fill_(_SHARE * module.std / _GELU_RMS)

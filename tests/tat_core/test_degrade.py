@@ -115,3 +115,10 @@ def test_pet_refuses() -> None:
     ):
         with pytest.raises(ValueError, match="pet_low_count: expected"):
             pet_low_count(activity, mu, 1.0, reduction, PetScanner(views=8), np.random.default_rng(0))
+
+
+def test_noise_in_the_kept_samples_has_the_stated_strength_in_the_image() -> None:
+    silent = np.zeros((4, 128, 96), np.float32)
+    noisy = mri_super_resolution(silent, 4, noise_std=50.0, rng=np.random.default_rng(0))
+    # The magnitude of complex Gaussian noise is Rayleigh-distributed: its mean square is 2σ².
+    assert np.sqrt(np.square(noisy).mean() / 2) == pytest.approx(50.0, rel=0.05)

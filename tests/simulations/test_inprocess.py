@@ -1,0 +1,85 @@
+"""The whole path in one process: real sample hospitals, real training, the real engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from client.site import load_site
+from client.work import describe, handle, patient_bucket, train_round
+from server.strategy import run
+from simulations.inprocess import LocalSites
+from tat_core.checkpoint import arrays_of, load_model, model_hash
+from tat_core.config import RunConfig, load_config
+from tat_core.model.tat import build_model
+from tat_core.packet import Packet
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    return load_config("smoke")
+
+
+def test_one_seed_one_model_to_the_bit(smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path) -> None:
+    hashes = {}
+    for name, seed in (("first", 1), ("second", 1), ("other", 2)):
+        seeded = replace(config, seed=seed)
+        hashes[name] = model_hash(run(seeded, LocalSites(smoke_hospitals, seeded), tmp_path / name).model)
+    assert hashes["first"] == hashes["second"]
+    assert hashes["first"] != hashes["other"]
+
+
+def test_a_run_scores_every_task_and_releases_a_model(smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path) -> None:
+    run(config, LocalSites(smoke_hospitals, config), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert {name: facts["status"] for name, facts in record["sites"].items()} == {p.name: "ok" for p in smoke_hospitals}
+    for task in config.tasks:
+        facts = record["tasks"][task]
+        assert 0 < facts["loss"] < 1
+        assert facts["validation"]["input"]["count"] > 0
+        assert np.isfinite(facts["validation"]["restored"]["psnr"])
+    model, metadata = load_model(tmp_path / "run" / "model.safetensors")
+    assert metadata["extra"]["round"] == record["best_round"]
+    assert metadata["sha256"] == model_hash(arrays_of(model))
+
+
+def test_training_lowers_the_loss_of_every_hospital(smoke_hospitals: list[Path], config: RunConfig) -> None:
+    config = replace(config, num_rounds=2, train=replace(config.train, local_steps=30))
+    start = arrays_of(build_model(config.model, config.seed))
+    for folder in smoke_hospitals:
+        site = load_site(folder / "site.yaml")
+        (task,) = site.data
+        model, mean_loss = start, []
+        for number in (1, 2):
+            reply = handle(train_round, site, config, Packet(model, {}, {"round": number, "base": model_hash(model)}))
+            assert reply.error is None
+            model = {name: value + reply.arrays[name] for name, value in model.items()}
+            mean_loss.append(reply.metrics[f"{task}.loss_sum"] / reply.metrics[f"{task}.count"])
+        assert mean_loss[1] < mean_loss[0], folder.name
+
+
+def test_only_a_code_leaves_a_site_that_fails(smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path) -> None:
+    site = load_site(smoke_hospitals[0] / "site.yaml")
+    secret = replace(site, data={"CT": tmp_path / "JOHN^DOE" / "missing"})
+    base = arrays_of(build_model(config.model, config.seed))
+    instruction = Packet(base, {}, {"round": 1, "base": model_hash(base)})
+    reply = handle(train_round, secret, config, instruction)
+    assert set(reply.config) == {"site", "error"}
+    assert reply.error in {"BAD_INPUT", "SITE_IO"}
+    assert not reply.arrays
+    assert "DOE" not in str(reply)
+    tampered = replace(instruction, config={"round": 1, "base": "0" * 64})
+    assert handle(train_round, site, config, tampered).error == "BASE_MISMATCH"
+
+
+def test_a_site_says_what_it_offers_and_no_more(smoke_hospitals: list[Path], config: RunConfig) -> None:
+    reply = handle(describe, load_site(smoke_hospitals[0] / "site.yaml"), config, Packet())
+    assert reply.config["site"] == smoke_hospitals[0].name
+    assert reply.config["tasks"] == "CT"
+    assert reply.config["patients"] == "1-10"
+    assert set(reply.config) == {"site", "tasks", "patients", "fed_tat", "torch"}
+    assert [patient_bucket(n) for n in (1, 10, 11, 200, 5000)] == ["1-10", "1-10", "11-50", "51-200", ">1000"]
