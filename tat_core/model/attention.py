@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -64,9 +65,7 @@ def window_index(size: int, window: int, device: torch.device) -> Tensor:
 
 def _attend(qkv: Tensor, heads: int, temperature: Map, project: Map) -> Tensor:
     """(pixels, N, 3C) → (pixels, N, C), each of the N images by itself."""
-    channels = qkv.shape[-1] // 3
-    qk, v = qkv.split((2 * channels, channels), dim=-1)
-    gram, norms = _Gram.apply(qk, heads)
+    gram, norms, v = _Gram.apply(qkv, heads)
     norms = norms.clamp_min(_EPS)
     maps = temperature(gram / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])).softmax(-1)
     maps = project(_block_diagonal(maps.transpose(-2, -1)))
@@ -74,36 +73,41 @@ def _attend(qkv: Tensor, heads: int, temperature: Map, project: Map) -> Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """qᵀk per image and head, and the norms of q's and k's channels.
+    """qᵀk per image and head, the norms of q's and k's channels, and v.
 
-    Written out because both gradients together are one matrix product: [q k] · [[diag, dG], [dGᵀ, diag]].
+    Written out so that the norms' gradient costs one scaled copy and everything lands in one gradient tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """(pixels, N, 2C) → (N, heads, c, c), (N, 2, heads, c)."""
-        pixels, num, channels = qk.shape
-        size = channels // 2 // heads
-        q, k = qk.view(pixels, num, 2, heads, size).permute(2, 1, 3, 0, 4).flatten(1, 2)
-        gram = torch.bmm(q.transpose(1, 2), k).view(num, heads, size, size)
-        norms = torch.linalg.vector_norm(qk, dim=0).view(num, 2, heads, size)
-        ctx.save_for_backward(qk, norms)
-        return gram, norms
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(pixels, N, 3C) → (N, heads, c, c), (N, 2, heads, c), (pixels, N, C)."""
+        q, k, v = _split_heads(qkv, heads)
+        gram = torch.matmul(q.mT, k)
+        norms = torch.linalg.vector_norm(qkv[..., : qkv.shape[-1] // 3 * 2], dim=0)
+        norms = norms.view(gram.shape[0], 2, heads, -1)
+        ctx.save_for_backward(qkv, norms)
+        return gram, norms, v
 
     @staticmethod
-    def backward(ctx: Any, grad_gram: Tensor, grad_norms: Tensor) -> tuple[Tensor, None]:
-        qk, norms = ctx.saved_tensors
-        pixels, num, channels = qk.shape
-        heads, size = norms.shape[2:]
-        scale = grad_norms / norms.clamp_min(_EPS)
-        mix = torch.diag_embed(scale.transpose(1, 2).reshape(num * heads, 2 * size))
-        mix[:, :size, size:] = grad_gram.flatten(0, 1)
-        mix[:, size:, :size] = grad_gram.flatten(0, 1).transpose(1, 2)
-        if heads == 1:
-            return torch.bmm(qk.transpose(0, 1), mix).transpose(0, 1), None
-        by_head = qk.view(pixels, num, 2, heads, size).permute(1, 3, 0, 2, 4).reshape(num * heads, pixels, 2 * size)
-        grad = torch.bmm(by_head, mix).view(num, heads, pixels, 2, size)
-        return grad.permute(2, 0, 3, 1, 4).reshape(pixels, num, channels), None
+    def backward(ctx: Any, grad_gram: Tensor, grad_norms: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
+        qkv, norms = ctx.saved_tensors
+        heads, channels = norms.shape[2], qkv.shape[-1] // 3
+        grad = torch.empty_like(qkv)
+        grad[..., 2 * channels :] = grad_v
+        torch.mul(qkv[..., : 2 * channels], (grad_norms / norms.clamp_min(_EPS)).flatten(1), out=grad[..., : 2 * channels])
+        q, k, _ = _split_heads(qkv, heads)
+        grad_q, grad_k, _ = _split_heads(grad, heads)
+        for image, head in itertools.product(range(qkv.shape[1]), range(heads)):
+            grad_q[image, head].addmm_(k[image, head], grad_gram[image, head].T)
+            grad_k[image, head].addmm_(q[image, head], grad_gram[image, head])
+        return grad, None
+
+
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(pixels, N, 3C) → q and k as views (N, heads, pixels, c), and v (pixels, N, C)."""
+    pixels, num, channels = qkv.shape
+    parts = qkv.view(pixels, num, 3, heads, channels // 3 // heads).permute(2, 1, 3, 0, 4)
+    return parts[0], parts[1], qkv[..., channels // 3 * 2 :]
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
