@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def restore_study(source: Path, model_file: Path, output: Path, options: Restore
     model, metadata = load_model(model_file)
     model = model.to(options.device)
     results = []
-    for item in track(_inputs(source), description="Restoring", transient=True):
+    for item in track(_inputs(source), description="Restoring", transient=True, disable=not sys.stdout.isatty()):
         try:
             results.append(Restored(item, tuple(_restore_one(item, model, str(metadata["sha256"]), output, options))))
         except (ValueError, OSError) as error:

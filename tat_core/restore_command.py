@@ -23,13 +23,15 @@ def command(
     """Restore images with a trained model. For research use only."""
     from tat_core.restore import RestoreOptions, restore_study
 
-    console, failed = Console(), 0
+    console, failed = Console(highlight=False, markup=False), 0
     options = RestoreOptions(task=task, device=device, residual=residual, contact_sheet=contact_sheet)
     for result in restore_study(source, model, output, options):
         for path in result.outputs:
-            console.print(f"{result.source.name} -> {path}", highlight=False)
+            console.print(f"{result.source.name} -> {path}", highlight=False, markup=False, soft_wrap=True)
         if result.error:
             failed += 1
-            console.print(f"[red]{result.source.name}: refused[/red] {result.error}", highlight=False)
+            console.print(
+                f"{result.source.name}: refused: {result.error}", style="red", highlight=False, markup=False, soft_wrap=True
+            )
     if failed:
         raise typer.Exit(1)

@@ -57,7 +57,7 @@ class CaseFacts:
 def check_case(job: tuple[Case, Task]) -> CaseFacts:
     """Look at one pair; ValueError if it cannot be read as one (see `tat_core.data.prepared.read_pair`)."""
     case, task = job
-    lq, hq = read_pair(case, task)
+    lq, hq, _ = read_pair(case, task)
     findings = [
         *unit_findings(case.name, hq, task),
         *_content(case.name, lq, hq),

@@ -32,7 +32,8 @@ def run_each(
         What the progress bar says.
     """
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(label, total=len(items))
         outcomes = _in_processes(function, items, workers) if workers > 1 and len(items) > 1 else _here(function, items)
         for item, outcome in outcomes:
@@ -72,15 +73,22 @@ def _in_processes(
                 yield item, outcome
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        waiting = waiting[done:]
-        if waiting:  # a worker died; go on alone with the case that was waited for, so that the culprit is found
-            yield from _alone(function, waiting.pop(0))
+        # A worker died, and which case killed it is not known: those that were at work go on one by one.
+        suspects, waiting = waiting[done : done + 2 * workers], waiting[done + 2 * workers :]
+        yield from _one_by_one(function, suspects)
 
 
-def _alone(function: Callable[[Item], Result], item: Item) -> Iterator[tuple[Item, Result | ValueError]]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield item, pool.submit(_guarded, function, item).result()
-        except BrokenProcessPool:
-            died = "expected a usable case, got one that ended its process (out of memory or a decoder crash)"
-            yield item, ValueError(f"{function.__name__}: {died}; look at the case by itself")
+def _one_by_one(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result | ValueError]]:
+    pool: ProcessPoolExecutor | None = None
+    try:
+        for item in items:
+            pool = pool or ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+            try:
+                outcome = pool.submit(_guarded, function, item).result()
+            except BrokenProcessPool:
+                died = "expected a usable case, got one that ended its process (out of memory or a decoder crash)"
+                outcome, pool = ValueError(f"{function.__name__}: {died}; look at the case by itself"), None
+            yield item, outcome
+    finally:
+        if pool is not None:
+            pool.shutdown()

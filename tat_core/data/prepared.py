@@ -17,10 +17,10 @@ import numpy as np
 
 from tat_core.data.dataset import SPLITS, Case, as_json, open_data_set, read_json, write_json
 from tat_core.data.parallel import run_each
-from tat_core.data.volume import read_volume, to_display
+from tat_core.data.volume import display_axes, read_volume, to_display
 from tat_core.tasks import TASKS, Task
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 MAX_BAD_FRACTION = 0.05
 _JOURNAL = "journal.jsonl"  # what is stored already while prepare is at work
 
@@ -231,7 +231,8 @@ def _source_stamp(case: Case) -> str:
 
 def _store_case(job: tuple[Case, Task, Path, str]) -> dict[str, Any]:
     case, task, store, source = job
-    array = np.stack(read_pair(case, task))
+    lq, hq, spacing_mm = read_pair(case, task)
+    array = np.stack([lq, hq])
     name = hashlib.sha256(case.name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     temporary = store / f".{name}.{os.getpid()}.part.npy"
     try:
@@ -245,13 +246,14 @@ def _store_case(job: tuple[Case, Task, Path, str]) -> dict[str, Any]:
         "task": task.name,
         "file": f"{name}.npy",
         "shape": list(array.shape),
+        "spacing_mm": [round(value, 4) for value in spacing_mm],
         "sha256": digest,
         "source": source,
     }
 
 
-def read_pair(case: Case, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides of a case as (slices, rows, columns) float32 in display orientation and physical units.
+def read_pair(case: Case, task: Task) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Both sides of a case as (slices, rows, columns) float32 in display orientation and physical units, and their spacing.
 
     Raises
     ------
@@ -269,4 +271,5 @@ def read_pair(case: Case, task: Task) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("read_pair: expected LQ and HQ on one grid, got different affines; register and resample them")
     if not (np.isfinite(lq.voxels).all() and np.isfinite(hq.voxels).all()):
         raise ValueError("read_pair: expected finite values, got NaN or infinity; export the images again")
-    return to_display(lq), to_display(hq)
+    order, _ = display_axes(hq)
+    return to_display(lq), to_display(hq), tuple(hq.spacing_mm[axis] for axis in order)
