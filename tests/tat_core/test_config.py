@@ -129,7 +129,7 @@ REFUSED = [
     ("name=../../etc", ["name", "letters", "../../etc"]),
     ("name=", ["name", "letters"]),
     ("name=${oc.env:HOME}", ["name", "plain value"]),
-    ("evaluate.tile_overlap=256", ["evaluate.tile_overlap", "below evaluate.tile_size"]),
+    ("evaluate.tile_overlap=64 evaluate.tile_size=64", ["evaluate.tile_overlap", "below evaluate.tile_size"]),
     ("preset=smoke", ["preset", "'demo'"]),
     ("verbose", ["key=value", "'verbose'"]),
     ("+extra=1", ["key=value", "'+extra=1'"]),
