@@ -74,7 +74,7 @@ def open_data_set(folder: Path) -> DataSet:
         raise ValueError(
             f"open_data_set: expected format {FORMAT} in dataset.json, got {about.get('format')!r}; see docs/dataset.md"
         )
-    if about.get("task") not in TASKS:
+    if not isinstance(about.get("task"), str) or about["task"] not in TASKS:
         raise ValueError(
             f"open_data_set: expected task {' or '.join(TASKS)} in dataset.json, got {about.get('task')!r}; correct it"
         )
@@ -98,6 +98,8 @@ def open_data_set(folder: Path) -> DataSet:
         cases.append(Case(name, str(patient), split, sides["LQ"].get(name), sides["HQ"].get(name)))
     quarantine_file = folder / "quarantine.json"
     quarantine = read_json(quarantine_file, "open_data_set").get("cases", {}) if quarantine_file.exists() else {}
+    if not isinstance(quarantine, dict):
+        raise ValueError("open_data_set: expected cases in quarantine.json, got none; delete it and run tat data check")
     return DataSet(folder, task, about, tuple(cases), {str(name): str(reason) for name, reason in quarantine.items()})
 
 

@@ -25,6 +25,14 @@ class Frame:
     intercept: float
 
 
+def read_text(dataset: Any, keyword: str) -> str:
+    """An element as text, empty if it is missing; ValueError if it does not parse."""
+    try:
+        return str(dataset.get(keyword, "") or "")
+    except Exception:
+        raise ValueError(f"read_dicom: expected text in {keyword}, got what does not parse; retrieve the series again") from None
+
+
 def read_number(dataset: Any, keyword: str, default: float | None = None) -> float:
     """A finite number of a data set, or a ValueError that names the element."""
     try:

@@ -9,12 +9,23 @@ from typing import Any
 
 import numpy as np
 import pydicom
+import pydicom.config
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import iter_pixels, pixel_array
 
-from tat_core.data.dicom_geometry import Frame, drop_duplicates, read_number, read_vector, sorted_by_geometry, stack_affine
+from tat_core.data.dicom_geometry import (
+    Frame,
+    drop_duplicates,
+    read_number,
+    read_text,
+    read_vector,
+    sorted_by_geometry,
+    stack_affine,
+)
 from tat_core.data.suv import suv_factor
 
+# Values that break a rule of DICOM are common and harmless here; pydicom's warnings about them would print patients' data into logs.
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 MAX_VOXELS = 2**28  # 1 GiB in float32: 1024 slices of 512 × 512
 MODALITIES = {"CT": "CT", "MRI": "MR", "PET": "PT"}
 
@@ -77,7 +88,7 @@ def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
         notes.append(f"{len(frames) - len(duplicates)} slices came twice with the same content; one of each was kept")
         frames, stack = [frames[k] for k in duplicates], stack[duplicates]
     affine = stack_affine(frames, notes)
-    patient = str(datasets[0].get("PatientID", "") or "")
+    patient = read_text(datasets[0], "PatientID")
     return DicomSeries(stack.transpose(2, 1, 0), affine, modality, stored_dtype, patient, tuple(notes), tuple(frames), factor)
 
 
@@ -106,7 +117,7 @@ def _open_images(paths: Sequence[Path]) -> tuple[list[Any], int]:
 
 
 def _one_value(datasets: Sequence[Any], keyword: str, what: str) -> str:
-    values = {str(dataset.get(keyword, "") or "") for dataset in datasets}
+    values = {read_text(dataset, keyword) for dataset in datasets}
     if len(values) != 1:
         raise ValueError(
             f"read_dicom: expected one {what}, got {len(values)} mixed in one folder; put each series into its own folder"
@@ -117,7 +128,7 @@ def _one_value(datasets: Sequence[Any], keyword: str, what: str) -> str:
 def _image_size(datasets: Sequence[Any]) -> tuple[int, int]:
     sizes = set()
     for dataset in datasets:
-        if str(dataset.get("PhotometricInterpretation", "")) not in ("MONOCHROME1", "MONOCHROME2"):
+        if read_text(dataset, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
             raise ValueError(
                 "read_dicom: expected grey images, got a colour image or none; screenshots and reports cannot be used"
             )

@@ -32,6 +32,17 @@ def suv_factor(dataset: Any) -> tuple[float, str]:
     ValueError
         If an element that is needed is missing; names the element.
     """
+    try:
+        return _factor(dataset)
+    except ValueError as error:
+        if str(error).startswith("suv_factor:"):
+            raise
+        raise ValueError("suv_factor: expected elements that parse, got damaged ones; retrieve the series again") from None
+    except (NotImplementedError, TypeError, AttributeError, KeyError, IndexError, OverflowError):
+        raise ValueError("suv_factor: expected elements that parse, got damaged ones; retrieve the series again") from None
+
+
+def _factor(dataset: Any) -> tuple[float, str]:
     units = str(dataset.get("Units", "") or "").upper()
     if units == "GML":
         kind = str(dataset.get("SUVType", "") or "BW").upper()
