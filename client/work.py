@@ -20,6 +20,7 @@ from tat_core.evaluate import evaluate_split
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import TAT
 from tat_core.packet import Packet, stats_to_metrics
+from tat_core.sharing import owner_of, view
 from tat_core.train import train
 
 log = logging.getLogger("fed_tat.site")
@@ -60,19 +61,23 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Train from the global model for the round's local steps and reply with the update and its statistics."""
     started = time.perf_counter()
     round_number = int(instruction.config["round"])
-    model = _receive(config, instruction)
-    splits = {task: _split(site, task, "train") for task in config.tasks if task in site.data}
+    arrays = _verified(instruction)
+    tasks = [task for task in config.tasks if task in site.data]
+    own = {task: _own(arrays, task) for task in tasks}
+    model = _network(config, arrays, tasks[0])
     result = train(
         model,
-        splits,
+        {task: _split(site, task, "train") for task in tasks},
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
         num_steps=config.train.local_steps,
         first_step=(round_number - 1) * config.train.local_steps,
         total_steps=config.num_rounds * config.train.local_steps,
         device=site.device,
+        own=own,
     )
-    update = {name: value - instruction.arrays[name] for name, value in arrays_of(model).items()}
+    trained = arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in tasks for name, value in own[task].items()}
+    update = {key: trained[key] - value for key, value in arrays.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)
     return Packet(
         update,
@@ -83,11 +88,12 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
 
 def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Score the global model on the site's validation patients; sums and counts are all that leaves."""
-    model = _receive(config, instruction)
+    arrays = _verified(instruction)
     metrics: dict[str, int | float] = {}
     for task in (t for t in config.tasks if t in site.data):
         split = _split(site, task, "validation")
         if len(split):
+            model = _network(config, arrays, task)
             scores = evaluate_split(
                 model, split, config.evaluate, device=site.device, max_slices=config.evaluate.max_validation_slices
             )
@@ -130,10 +136,19 @@ def _split(site: Site, task: str, split: str) -> PreparedSplit:
     return open_split(prepare(site.data[task]), split)
 
 
-def _receive(config: RunConfig, instruction: Packet) -> TAT:
-    """The global model that came with an instruction, checked against the version that the coordinator states."""
+def _verified(instruction: Packet) -> dict[str, np.ndarray]:
+    """The arrays that came with an instruction, checked against the version that the coordinator states."""
     if model_hash(instruction.arrays) != instruction.config["base"]:
         raise SiteRefusalError("BASE_MISMATCH", "the model that arrived does not have the hash that the coordinator states")
+    return instruction.arrays
+
+
+def _network(config: RunConfig, arrays: dict[str, np.ndarray], task: str) -> TAT:
     model = TAT(config.model)
-    load_arrays(model, instruction.arrays)
+    load_arrays(model, view(arrays, task))
     return model
+
+
+def _own(arrays: dict[str, np.ndarray], task: str) -> dict[str, torch.Tensor]:
+    keys = [(key, name) for key in arrays for owner, name in [owner_of(key)] if owner == task]
+    return {name: torch.from_numpy(arrays[key].copy()) for key, name in keys}

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tat_core.checkpoint import replacing
 from tat_core.loss import TaskStats
 from tat_core.packet import Packet, metrics_to_stats
+from tat_core.sharing import owner_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any]) -> S
     return Spooled(site, path, metrics_to_stats(reply.metrics), dict(facts))
 
 
-def read_spool(folder: Path, base: str) -> dict[str, Spooled]:
-    """The replies in a round's folder that were trained from the model with hash `base`, in the order of site names."""
+def read_spool(folder: Path, bases: Mapping[str, str]) -> dict[str, Spooled]:
+    """The replies in a round's folder that were trained from what each site was sent, told by its hash; in the order of names."""
     replies = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-        if metadata["base"] == base:
+        if metadata["base"] == bases.get(path.stem):
             stats = metrics_to_stats(json.loads(metadata["metrics"]))
             replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
     return replies
@@ -74,7 +75,7 @@ def total_stats(replies: Mapping[str, Spooled]) -> dict[str, TaskStats]:
     return dict(sorted(total.items()))
 
 
-def task_means(replies: Mapping[str, Spooled], names: list[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def task_means(replies: Mapping[str, Spooled], keys: list[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """For each parameter in order, the mean update of each task.
 
     Sites of a task count alike; a site with several tasks counts toward each by that task's share of its samples.
@@ -82,13 +83,14 @@ def task_means(replies: Mapping[str, Spooled], names: list[str]) -> Iterator[tup
     Parameters
     ----------
     replies : mapping of site name to Spooled
-    names : list of str
-        Parameters, in the model's order.
+    keys : list of str
+        Parameters, in the model's order; a task's own (``<TASK>:<name>``) are averaged over that task's sites alone.
 
     Yields
     ------
-    name : str
+    key : str
     means : dict of task name to float32 array
+        Empty for a task's own parameter if nobody reported the task.
     """
     order = sorted(replies)
     shares = {site: replies[site].task_shares() for site in order}
@@ -96,11 +98,15 @@ def task_means(replies: Mapping[str, Spooled], names: list[str]) -> Iterator[tup
     total = {task: sum(shares[site].get(task, 0.0) for site in order) for task in tasks}
     with ExitStack() as stack:
         files = {site: stack.enter_context(safe_open(replies[site].path, framework="numpy")) for site in order}
-        for name in names:
+        for key in keys:
+            owner = owner_of(key)[0]
             means: dict[str, np.ndarray] = {}
             for site in order:
-                update = files[site].get_tensor(name)
-                for task, share in shares[site].items():
-                    part = update * np.float32(share / total[task])
+                concerned = [task for task in shares[site] if owner in (None, task)]
+                if not concerned:
+                    continue
+                update = files[site].get_tensor(key)
+                for task in concerned:
+                    part = update * np.float32(shares[site][task] / total[task])
                     means[task] = means[task] + part if task in means else part
-            yield name, dict(sorted(means.items()))
+            yield key, dict(sorted(means.items()))

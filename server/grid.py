@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -41,7 +41,7 @@ class FlowerSites:
         """
         nodes = self._wait_for_nodes(config.federation.num_sites, config.federation.wait_timeout_s)
         members: dict[str, SiteInfo] = {}
-        for node, reply in self._exchange("query", Packet(), nodes, config.federation.wait_timeout_s):
+        for node, reply in self._exchange("query", dict.fromkeys(nodes, Packet()), config.federation.wait_timeout_s):
             name = str(reply.config.get("site", ""))
             tasks = tuple(task for task in str(reply.config.get("tasks", "")).split(",") if task in config.tasks)
             if reply.error is not None or not tasks or name in members:
@@ -56,10 +56,11 @@ class FlowerSites:
             )
         return dict(sorted(members.items()))
 
-    def ask(self, kind: str, instruction: Packet, names: Collection[str], timeout_s: float) -> Iterator[tuple[str, Packet]]:
-        """Send an instruction to the named sites; yield each reply as it arrives, until all have replied or time is up."""
-        name_of = {self._node_of[name]: name for name in names}
-        for node, reply in self._exchange(kind, instruction, list(name_of), timeout_s):
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:
+        """Send each named site its instruction; yield the replies as they arrive, until all have come or time is up."""
+        name_of = {self._node_of[name]: name for name in instructions}
+        packets = {node: instructions[name] for node, name in name_of.items()}
+        for node, reply in self._exchange(kind, packets, timeout_s):
             yield name_of[node], reply
 
     def _wait_for_nodes(self, expected: int, timeout_s: float) -> list[int]:
@@ -70,15 +71,13 @@ class FlowerSites:
             log.warning("%d of %d sites are there after %.0f s; going on with them", len(nodes), expected, timeout_s)
         return nodes
 
-    def _exchange(self, kind: str, instruction: Packet, nodes: list[int], timeout_s: float) -> Iterator[tuple[int, Packet]]:
+    def _exchange(self, kind: str, packets: Mapping[int, Packet], timeout_s: float) -> Iterator[tuple[int, Packet]]:
         """Push one message a node (Flower needs a list) and pull until every node has answered or the deadline has passed."""
-        content = RecordDict(
-            {
-                "model": ArrayRecord({name: Array(value) for name, value in instruction.arrays.items()}),
-                "config": ConfigRecord(dict(instruction.config)),
-            }
-        )
-        messages = [Message(content=content, dst_node_id=node, message_type=kind, ttl=timeout_s) for node in nodes]
+        contents = {id(packet): _encode(packet) for packet in packets.values()}
+        messages = [
+            Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
+            for node, packet in packets.items()
+        ]
         waiting = set(self._grid.push_messages(messages)) if messages else set()
         deadline = time.monotonic() + timeout_s
         while waiting and time.monotonic() < deadline:
@@ -88,6 +87,15 @@ class FlowerSites:
                 yield reply.metadata.src_node_id, _decode(reply)
             if not replies:
                 time.sleep(POLL_SECONDS)
+
+
+def _encode(packet: Packet) -> RecordDict:
+    return RecordDict(
+        {
+            "model": ArrayRecord({name: Array(value) for name, value in packet.arrays.items()}),
+            "config": ConfigRecord(dict(packet.config)),
+        }
+    )
 
 
 def _decode(reply: Message) -> Packet:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from tat_core.packet import Packet, metrics_to_stats
 
 
-def fault_in(
-    reply: Packet, *, model: Mapping[str, np.ndarray], round_number: int, base: str, tasks: tuple[str, ...], max_samples: int
-) -> str | None:
+def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_samples: int) -> str | None:
     """Why a reply must not be aggregated, as a code; None if it may.
 
     Parameters
     ----------
     reply : Packet
-    model : mapping of parameter name to float32 array
-        The model that was sent; an update has its names, shapes and type.
-    round_number, base : int, str
-        The round that is open and the hash of its model.
+    instruction : Packet
+        What the site was sent: an update has the names, shapes and type of its arrays, and its round and base version.
     tasks : tuple of str
         Tasks that the site said it has.
     max_samples : int
@@ -29,12 +24,12 @@ def fault_in(
     """
     if reply.error is not None:
         return reply.error
-    if reply.config.get("round") != round_number or reply.config.get("base") != base:
+    if any(reply.config.get(key) != instruction.config[key] for key in ("round", "base")):
         return "STALE"
-    if set(reply.arrays) != set(model):
+    if set(reply.arrays) != set(instruction.arrays):
         return "WRONG_NAMES"
     for name, value in reply.arrays.items():
-        if value.shape != model[name].shape:
+        if value.shape != instruction.arrays[name].shape:
             return "WRONG_SHAPE"
         if value.dtype != np.float32:
             return "WRONG_TYPE"

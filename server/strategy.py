@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from tat_core.checkpoint import arrays_of, model_hash, save_model
 from tat_core.config import RunConfig, TrainConfig
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
+from tat_core.sharing import for_tasks, give_own, owner_of
 
 log = logging.getLogger("fed_tat.server")
 
@@ -41,8 +42,8 @@ class Sites(Protocol):
     def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
         """The sites that take part, by name."""
 
-    def ask(self, kind: str, instruction: Packet, names: Collection[str], timeout_s: float) -> Iterator[tuple[str, Packet]]:
-        """Send one instruction ("train" or "evaluate") to the named sites and yield their replies as they arrive."""
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:
+        """Send each named site its instruction ("train" or "evaluate") and yield the replies as they arrive."""
 
 
 def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
@@ -90,7 +91,8 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
         journal.rewind_record(folder, 0)
     else:
         journal.start_run(folder, config)
-    return ServerState(0, arrays_of(build_model(config.model, config.seed)), BalanceState())
+    network = arrays_of(build_model(config.model, config.seed))
+    return ServerState(0, give_own(network, config.tasks, config.federation.task_groups), BalanceState())
 
 
 def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo], folder: Path) -> ServerState:
@@ -156,20 +158,18 @@ def collect(
     ValueError
         No reply may be aggregated.
     """
-    base = model_hash(state.model)
+    instructions = instruct(state.model, number, members)
     spooled_in = journal.spool_folder(folder, number)
-    replies = read_spool(spooled_in, base)
+    replies = read_spool(spooled_in, {name: str(instruction.config["base"]) for name, instruction in instructions.items()})
     records: dict[str, Any] = {name: {"tasks": list(info.tasks), "status": "NO_REPLY"} for name, info in sorted(members.items())}
     for name, kept in replies.items():
         records[name] = {"tasks": list(kept.stats), "status": "ok", **kept.facts}
-    instruction = Packet(state.model, {}, {"round": number, "base": base})
+    missing = {name: instruction for name, instruction in instructions.items() if name not in replies}
     started = time.perf_counter()
-    for name, reply in sites.ask("train", instruction, sorted(set(members) - set(replies)), config.federation.round_timeout_s):
+    for name, reply in sites.ask("train", missing, config.federation.round_timeout_s):
         fault = fault_in(
             reply,
-            model=state.model,
-            round_number=number,
-            base=base,
+            instructions[name],
             tasks=members[name].tasks,
             max_samples=config.train.local_steps * config.train.batch_size,
         )
@@ -187,16 +187,30 @@ def collect(
     return replies, records
 
 
+def instruct(model: Mapping[str, np.ndarray], number: int, members: Mapping[str, SiteInfo]) -> dict[str, Packet]:
+    """What each site is sent: the shared parameters, its tasks' own, and their hash. Sites of the same tasks share a packet."""
+    packets: dict[tuple[str, ...], Packet] = {}
+    for tasks in sorted({info.tasks for info in members.values()}):
+        arrays = for_tasks(model, tasks)
+        packets[tasks] = Packet(arrays, {}, {"round": number, "base": model_hash(arrays)})
+    return {name: packets[info.tasks] for name, info in sorted(members.items())}
+
+
 def step(
     model: Mapping[str, np.ndarray], replies: Mapping[str, Spooled], weights: Mapping[str, float], server_lr: float
 ) -> tuple[dict[str, np.ndarray], Geometry]:
     """The new model: a pure function of the old one and the round's folder, parameter by parameter."""
     geometry = Geometry()
     stepped: dict[str, np.ndarray] = {}
-    for name, means in task_means(replies, list(model)):
-        update = combine(means, weights)
-        geometry.add(means, update)
-        stepped[name] = model[name] + np.float32(server_lr) * update
+    for key, means in task_means(replies, list(model)):
+        owner = owner_of(key)[0]
+        if owner is None:
+            update = combine(means, weights)
+            geometry.add(means, update)
+            stepped[key] = model[key] + np.float32(server_lr) * update
+        else:
+            # What is a task's own follows its sites alone, and stays as it is when none of them reported.
+            stepped[key] = model[key] + means[owner] if owner in means else model[key]
     return stepped, geometry
 
 
@@ -213,9 +227,9 @@ def move_average(
 
 def evaluate(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo]) -> dict[str, Validation]:
     """Pooled scores of the model on the sites' validation patients, by task; a site that fails is left out."""
-    instruction = Packet(state.released, {}, {"round": state.round, "base": model_hash(state.released)})
     metrics = {}
-    for name, reply in sites.ask("evaluate", instruction, sorted(members), config.federation.round_timeout_s):
+    instructions = instruct(state.released, state.round, members)
+    for name, reply in sites.ask("evaluate", instructions, config.federation.round_timeout_s):
         if reply.error is None:
             metrics[name] = reply.metrics
         else:

@@ -64,12 +64,12 @@ def train_alone(job: Job) -> str:
 def score(job: Job) -> dict[str, Any]:
     """Score one hospital's test images, by task and arm, and keep one slice as a panel for the report."""
     site, config = _begin(job)
-    models = {
-        "alone": load_model(job.alone_file(site))[0].to(site.device),
-        "together": load_model(job.run_folder / "model.safetensors")[0].to(site.device),
-    }
     result: dict[str, Any] = {"site": site.name, "scanner": site.scanner, "synthetic": site.synthetic, "tasks": {}}
     for task in (t for t in config.tasks if t in site.data):
+        models: dict[str, torch.nn.Module] = {
+            "alone": load_model(job.alone_file(site))[0].to(site.device),
+            "together": load_model(job.run_folder / "model.safetensors", task)[0].to(site.device),
+        }
         split = open_split(prepare(site.data[task]), "test")
         scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}
         result["tasks"][task] = {"input": scores["alone"]["input"], **{name: scores[name]["restored"] for name in models}}
@@ -123,7 +123,7 @@ def _keep_panel(path: Path, models: dict[str, torch.nn.Module], split: PreparedS
         name: restore_image(model, lq, split.task, config.evaluate.tile_size, config.evaluate.tile_overlap, device)
         for name, model in models.items()
     }
-    np.savez_compressed(path, lq=lq, hq=hq, **restored)
+    np.savez_compressed(path, lq=lq, hq=hq, alone=restored["alone"], together=restored["together"])
 
 
 def total_scores(results: Sequence[dict[str, Any]], task: str) -> dict[str, Scores]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from client.site import Site, load_site
@@ -37,7 +37,7 @@ class LocalSites:
             for name, reply in replies.items()
         }
 
-    def ask(self, kind: str, instruction: Packet, names: Collection[str], timeout_s: float) -> Iterator[tuple[str, Packet]]:  # noqa: ARG002 - nobody is slow here
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:  # noqa: ARG002 - nobody is slow here
         """Let each named site do its work."""
-        for name in names:
+        for name, instruction in instructions.items():
             yield name, handle(ACTIONS[kind], self._sites[name], self._config, instruction)

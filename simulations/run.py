@@ -111,7 +111,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
 
 def summarise(config: RunConfig, folder: Path, results: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Every number that the terminal and the report show."""
-    model, metadata = load_model(folder / "model.safetensors")
+    model, metadata = load_model(folder / "model.safetensors", config.tasks[0])
     tasks: dict[str, Any] = {}
     for name in (t for t in config.tasks if any(t in r["tasks"] for r in results)):
         arms = {arm: scores.mean() for arm, scores in total_scores(results, name).items()}

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from tat_core.config import ModelConfig, config_from_dict, config_to_dict
 from tat_core.model.tat import TAT
+from tat_core.sharing import view
 
 FORMAT = "fed-tat model 1"
 
@@ -91,8 +92,14 @@ def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig
     return digest
 
 
-def load_model(path: Path) -> tuple[TAT, dict[str, Any]]:
-    """Read a model file, verify it, and build its network in evaluation mode.
+def load_model(path: Path, task: str | None = None) -> tuple[TAT, dict[str, Any]]:
+    """Read a model file, verify it, and build its network for a task in evaluation mode.
+
+    Parameters
+    ----------
+    path : Path
+    task : str, optional
+        Needed where the tasks have parameters of their own: the released file of a federation holds every task's.
 
     Returns
     -------
@@ -103,7 +110,8 @@ def load_model(path: Path) -> tuple[TAT, dict[str, Any]]:
     Raises
     ------
     ValueError
-        The file is not a fed-tat model, is damaged, or its parameters do not have the hash that it states.
+        The file is not a fed-tat model, is damaged, its parameters do not have the hash that it states or do not fit its
+        configuration, or it has no parameters for the task.
     """
     if not path.is_file():
         raise ValueError(
@@ -127,5 +135,11 @@ def load_model(path: Path) -> tuple[TAT, dict[str, Any]]:
             "the file was changed after it was written: copy it again from the coordinator"
         )
     model = TAT(config_from_dict(metadata["model"], ModelConfig))
-    load_arrays(model, arrays)
+    try:
+        load_arrays(model, view(arrays, task))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"load model: expected the parameters of this version's network, got others ({reason}); update fed-tat"
+        ) from None
     return model.eval(), metadata

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tat_core.groups import GROUPS
 from tat_core.settings import (
     Config,
     Relations,
@@ -115,6 +116,11 @@ class FederationConfig:
     num_sites: int = setting(6, "Hospitals to wait for before the first round.", at_least=1)
     wait_timeout_s: float = setting(120.0, "Longest wait for them, in seconds.", above=0.0)
     round_timeout_s: float = setting(3600.0, "Longest wait for the replies of one round, in seconds.", above=0.0)
+    task_groups: tuple[str, ...] = setting(
+        ("adapter",),
+        "Parameter groups that every task has of its own, averaged over its sites alone; the others are shared by all.",
+        choices=GROUPS,
+    )
     server_lr: float = setting(1.0, "Share of the combined update that is applied.", above=0.0)
     evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)
 

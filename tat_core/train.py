@@ -56,6 +56,7 @@ def train(
     total_steps: int | None = None,
     device: str = "cpu",
     optimiser: torch.optim.Optimizer | None = None,
+    own: Mapping[str, dict[str, torch.Tensor]] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a model in place for a fixed number of steps.
@@ -74,6 +75,8 @@ def train(
     device : str
     optimiser : torch.optim.Optimizer, optional
         To go on with its state; a fresh AdamW otherwise.
+    own : mapping of task name to (parameter name to tensor), optional
+        Parameters that each task has of its own, updated in place. A batch is then of one task, drawn uniformly.
     on_step : callable, optional
         Called with the number of steps done.
 
@@ -90,7 +93,12 @@ def train(
     for done in range(num_steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, first_step + done, total)
-        batch = sample_batch(splits, config.batch_size, config.patch_size, rng)
+        drawn, task_own = splits, {}
+        if own and any(own.values()):
+            task = sorted(splits)[rng.integers(len(splits))]
+            drawn, task_own = {task: splits[task]}, own[task]
+            _copy({name: model.get_parameter(name) for name in task_own}, task_own)
+        batch = sample_batch(drawn, config.batch_size, config.patch_size, rng)
         lq, hq = batch.lq.to(device), batch.hq.to(device)
         restored = model(lq)
         loss = per_sample_l1(restored, hq)
@@ -98,6 +106,7 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         objective.backward()
         optimiser.step()
+        _copy(task_own, {name: model.get_parameter(name) for name in task_own})
         stats = add_stats(stats, count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach()))
         if not all(math.isfinite(s.loss_sum) for s in stats.values()):
             raise ValueError(
@@ -107,3 +116,9 @@ def train(
         if on_step is not None:
             on_step(done + 1)
     return TrainResult(stats, num_steps, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _copy(to: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        to[name].copy_(value)

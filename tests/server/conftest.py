@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -37,8 +37,9 @@ class RuleSites:
     def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
         return {name: SiteInfo(tasks, "1-10") for name, tasks in SITES.items()}
 
-    def ask(self, kind: str, instruction: Packet, names: Collection[str], timeout_s: float) -> Iterator[tuple[str, Packet]]:
-        for name in self.order(names):
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:
+        for name in self.order(instructions):
+            instruction = instructions[name]
             number = int(instruction.config["round"])
             self.asked.append((kind, number, name))
             reply = good_reply(name, instruction) if kind == "train" else good_scores(name, instruction)

@@ -18,7 +18,7 @@ INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc"})
 
 
 def _fault(reply: Packet) -> str | None:
-    return fault_in(reply, model=MODEL, round_number=2, base="abc", tasks=("CT",), max_samples=8)
+    return fault_in(reply, INSTRUCTION, tasks=("CT",), max_samples=8)
 
 
 def _with_array(value: np.ndarray) -> Callable[[Packet], Packet]:

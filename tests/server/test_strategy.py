@@ -11,26 +11,46 @@ import pytest
 from conftest import SITES, RuleSites, good_reply
 
 from server import journal
-from server.strategy import begin, run
+from server.strategy import SiteInfo, begin, instruct, run
 from tat_core.checkpoint import load_model, model_hash
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
+from tat_core.sharing import owner_of
 
 
 def _records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
+def _updates(model: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    members = {name: SiteInfo(tasks, "1-10") for name, tasks in SITES.items()}
+    return {name: good_reply(name, packet).arrays for name, packet in instruct(model, 1, members).items()}
+
+
 def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tmp_path: Path) -> None:
     config = replace(config, num_rounds=1)
     before = begin(config, tmp_path / "reference").model
-    instruction = Packet(before, {}, {"round": 1, "base": model_hash(before)})
-    updates = {name: good_reply(name, instruction).arrays for name in SITES}
+    updates = _updates(before)
     state = run(config, RuleSites(), tmp_path / "run")
-    for name, value in before.items():
-        ct = (updates["a-ct"][name] + updates["b-ct"][name]) / 2
-        expected = value + (ct + updates["c-mri"][name] + updates["d-pet"][name]) / 3
-        np.testing.assert_allclose(state.model[name], expected, rtol=1e-5, atol=1e-7)
+    for key, value in before.items():
+        means = {
+            "CT": lambda key: (updates["a-ct"][key] + updates["b-ct"][key]) / 2,
+            "MRI": lambda key: updates["c-mri"][key],
+            "PET": lambda key: updates["d-pet"][key],
+        }
+        owner = owner_of(key)[0]
+        step = means[owner](key) if owner else sum(mean(key) for mean in means.values()) / 3
+        np.testing.assert_allclose(state.model[key], value + step, rtol=1e-5, atol=1e-7)
+
+
+def test_a_task_that_nobody_reported_keeps_its_own_parameters(config: RunConfig, tmp_path: Path) -> None:
+    before = begin(config, tmp_path / "reference").model
+    tamper = RuleSites(lambda name, _round, reply: None if name == "d-pet" else reply)
+    after = run(config, tamper, tmp_path / "run").model
+    own = [key for key in before if owner_of(key)[0] == "PET"]
+    assert own
+    assert all(np.array_equal(before[key], after[key]) for key in own)
+    assert not np.array_equal(before["CT:output.weight"], after["CT:output.weight"])
 
 
 def test_the_order_of_replies_does_not_matter(config: RunConfig, tmp_path: Path) -> None:
@@ -50,7 +70,7 @@ def test_what_a_run_leaves_behind(config: RunConfig, tmp_path: Path) -> None:
     assert sum(task["aggregation_weight"] for task in records[-1]["tasks"].values()) == pytest.approx(1.0)
     # A lower loss means a higher weight in the published balancer; MRI and PET sites have the longer names, thus losses.
     assert records[0]["tasks"]["CT"]["task_weight"] > records[0]["tasks"]["PET"]["task_weight"]
-    _, metadata = load_model(tmp_path / "run" / "model.safetensors")
+    _, metadata = load_model(tmp_path / "run" / "model.safetensors", "PET")
     assert metadata["sha256"] == model_hash(state.average)
     assert metadata["extra"]["round"] == 3
     assert not list((tmp_path / "run" / "spool").glob("*"))
@@ -136,11 +156,13 @@ def test_a_site_with_two_tasks_counts_toward_each_by_its_share(config: RunConfig
     monkeypatch.setitem(SITES, "b-ct", ("CT", "MRI"))
     config = replace(config, num_rounds=1)
     before = begin(config, tmp_path / "reference").model
-    instruction = Packet(before, {}, {"round": 1, "base": model_hash(before)})
-    updates = {name: good_reply(name, instruction).arrays for name in SITES}
+    updates = _updates(before)
     state = run(config, RuleSites(), tmp_path / "run")
     name = "embed.weight"
     ct = (updates["a-ct"][name] + 0.5 * updates["b-ct"][name]) / 1.5
     mri = (updates["c-mri"][name] + 0.5 * updates["b-ct"][name]) / 1.5
     expected = before[name] + (ct + mri + updates["d-pet"][name]) / 3
     np.testing.assert_allclose(state.model[name], expected, rtol=1e-5, atol=1e-7)
+    own = "MRI:output.weight"
+    expected = before[own] + (updates["c-mri"][own] + 0.5 * updates["b-ct"][own]) / 1.5
+    np.testing.assert_allclose(state.model[own], expected, rtol=1e-5, atol=1e-7)
