@@ -15,7 +15,7 @@ import torch
 
 from client.site import Site, load_site
 from client.work import name_seed
-from tat_core.checkpoint import arrays_of, load_model, save_model
+from tat_core.checkpoint import arrays_of, read_model, save_model
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import Scores, evaluate_split, restore_image
@@ -67,8 +67,8 @@ def score(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"site": site.name, "scanner": site.scanner, "synthetic": site.synthetic, "tasks": {}}
     for task in (t for t in config.tasks if t in site.data):
         models: dict[str, torch.nn.Module] = {
-            "alone": load_model(job.alone_file(site))[0].to(site.device),
-            "together": load_model(job.run_folder / "model.safetensors", task)[0].to(site.device),
+            "alone": read_model(job.alone_file(site)).network().to(site.device),
+            "together": read_model(job.run_folder / "model.safetensors").network(task).to(site.device),
         }
         split = open_split(prepare(site.data[task]), "test")
         scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}

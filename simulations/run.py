@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import time
@@ -20,7 +21,7 @@ from simulations.flower import simulate
 from simulations.hospitals import build_hospitals
 from simulations.processes import no_process_left
 from simulations.report import results_table, write_report
-from tat_core.checkpoint import load_model, replacing
+from tat_core.checkpoint import read_model, replacing
 from tat_core.config import RunConfig, config_to_dict, load_config
 from tat_core.metrics import DATA_RANGE
 from tat_core.tasks import TASKS
@@ -39,6 +40,8 @@ def command(
 ) -> None:
     """Train a model together with simulated hospitals, compare with each alone, and write a report."""
     preset, overrides = _split_preset(settings or [])
+    if not any(item.startswith(("name=", "resume=")) for item in overrides):
+        overrides.append(f"name={_free_name(load_config(preset, overrides))}")
     config = load_config(preset, overrides)
     profile = profile or ("smoke" if preset == "smoke" else "demo")
     console = Console()
@@ -111,7 +114,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
 
 def summarise(config: RunConfig, folder: Path, results: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
     """Every number that the terminal and the report show."""
-    model, metadata = load_model(folder / "model.safetensors", config.tasks[0])
+    model = read_model(folder / "model.safetensors")
     tasks: dict[str, Any] = {}
     for name in (t for t in config.tasks if any(t in r["tasks"] for r in results)):
         arms = {arm: scores.mean() for arm, scores in total_scores(results, name).items()}
@@ -144,9 +147,9 @@ def summarise(config: RunConfig, folder: Path, results: list[dict[str, Any]], se
         "config": config_to_dict(config),
         "model": {
             "file": "model.safetensors",
-            "sha256": metadata["sha256"],
-            "round": metadata["extra"]["round"],
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "sha256": model.sha256,
+            "round": model.metadata["extra"]["round"],
+            "parameters": sum(value.size for value in model.arrays.values()),
         },
         "tasks": tasks,
         "hospitals": hospitals,
@@ -160,6 +163,12 @@ def _split_preset(settings: list[str]) -> tuple[str, list[str]]:
     if len(presets) > 1:
         raise ValueError(f"simulate: expected one preset=…, got {len(presets)}; give one")
     return (presets[0] if presets else "demo"), [s for s in settings if not s.startswith("preset=")]
+
+
+def _free_name(config: RunConfig) -> str:
+    """The preset's own name for the run, or with a number if that is taken: a second demo does not need a decision."""
+    names = itertools.chain([config.name], (f"{config.name}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not (Path(config.output_dir) / name).exists())
 
 
 def _folder(config: RunConfig) -> Path:

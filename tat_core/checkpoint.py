@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig
     Returns
     -------
     str
-        `model_hash` of the parameters, also stored in the file and checked by `load_model`.
+        `model_hash` of the parameters, also stored in the file and checked by `read_model`.
     """
     digest = model_hash(arrays)
     metadata = {"format": FORMAT, "model": config_to_dict(config), "sha256": digest, "extra": dict(extra or {})}
@@ -92,26 +93,57 @@ def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig
     return digest
 
 
-def load_model(path: Path, task: str | None = None) -> tuple[TAT, dict[str, Any]]:
-    """Read a model file, verify it, and build its network for a task in evaluation mode.
+@dataclass(frozen=True)
+class SavedModel:
+    """What a verified model file holds.
 
-    Parameters
+    Attributes
     ----------
-    path : Path
-    task : str, optional
-        Needed where the tasks have parameters of their own: the released file of a federation holds every task's.
-
-    Returns
-    -------
-    model : TAT
+    arrays : dict of key to float32 array
+        Shared parameters, and every task's own.
     metadata : dict
         ``format``, ``model`` (the configuration), ``sha256``, ``extra``.
+    """
+
+    arrays: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the parameters."""
+        return str(self.metadata["sha256"])
+
+    def network(self, task: str | None = None) -> TAT:
+        """Build the network for a task, in evaluation mode.
+
+        Parameters
+        ----------
+        task : str, optional
+            Needed where the tasks have parameters of their own: the released file of a federation holds every task's.
+
+        Raises
+        ------
+        ValueError
+            The parameters do not fit the configuration, or there are none for the task.
+        """
+        model = TAT(config_from_dict(self.metadata["model"], ModelConfig))
+        try:
+            load_arrays(model, view(self.arrays, task))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(
+                f"load model: expected the parameters of this version's network, got others ({reason}); update fed-tat"
+            ) from None
+        return model.eval()
+
+
+def read_model(path: Path) -> SavedModel:
+    """Read a model file and verify it.
 
     Raises
     ------
     ValueError
-        The file is not a fed-tat model, is damaged, its parameters do not have the hash that it states or do not fit its
-        configuration, or it has no parameters for the task.
+        The file is not a fed-tat model, is damaged, or its parameters do not have the hash that it states.
     """
     if not path.is_file():
         raise ValueError(
@@ -134,12 +166,4 @@ def load_model(path: Path, task: str | None = None) -> tuple[TAT, dict[str, Any]
             f"load model: expected parameters with sha256 {metadata['sha256'][:12]}…, got {digest[:12]}…; "
             "the file was changed after it was written: copy it again from the coordinator"
         )
-    model = TAT(config_from_dict(metadata["model"], ModelConfig))
-    try:
-        load_arrays(model, view(arrays, task))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"load model: expected the parameters of this version's network, got others ({reason}); update fed-tat"
-        ) from None
-    return model.eval(), metadata
+    return SavedModel(arrays, metadata)

@@ -31,7 +31,7 @@ def command(
 ) -> None:
     """Score a model on data sets: PSNR, SSIM and RMSE of the input and of the restored images."""
     # torch takes seconds to import: not for `tat --help`.
-    from tat_core.checkpoint import load_model
+    from tat_core.checkpoint import read_model
     from tat_core.config import EvaluateConfig
     from tat_core.data.prepared import open_split, prepare
     from tat_core.evaluate import score_slices
@@ -41,8 +41,8 @@ def command(
     config = EvaluateConfig(tile_size=tile_size, tile_overlap=tile_overlap)
     folders = find_data_sets(data)
     tune_allocator()
-    network, metadata = load_model(model)
-    network.to(usable_device(device))
+    saved = read_model(model)
+    usable = usable_device(device)
     console = Console()
     rows: list[SliceRow] = []
     with Progress(console=console, transient=True) as progress:
@@ -50,9 +50,10 @@ def command(
             bar = progress.add_task(f"preparing {name}", total=None)
             images = open_split(prepare(folder), split)
             progress.update(bar, description=f"scoring {name}", total=len(images))
+            network = saved.network(images.task.name).to(usable)
             scores = score_slices(network, images, config, device)
             rows += label_slices(progress.track(scores, task_id=bar), images, name)
-    evaluation = evaluation_of(rows, {"file": model.name, "sha256": metadata["sha256"]}, split, config)
+    evaluation = evaluation_of(rows, {"file": model.name, "sha256": saved.sha256}, split, config)
     files = write_evaluation(evaluation, output)
     _show(evaluation, console)
     console.print(f"Written: {', '.join(map(str, files))}", soft_wrap=True)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.progress import track
 from torch import nn
 
-from tat_core.checkpoint import load_model
+from tat_core.checkpoint import SavedModel, read_model
 from tat_core.config import EvaluateConfig
 from tat_core.data.check_case import unit_findings
 from tat_core.data.dicom_derive import Derivation, write_derived_series
@@ -83,12 +83,11 @@ def restore_study(source: Path, model_file: Path, output: Path, options: Restore
     """
     if options.task is not None and options.task not in TASKS:
         raise ValueError(f"restore: expected task {', '.join(TASKS)}, got {options.task!r}; choose one of them")
-    model, metadata = load_model(model_file)
-    model = model.to(options.device)
+    model = read_model(model_file)
     results = []
     for item in track(_inputs(source), description="Restoring", transient=True, disable=not sys.stdout.isatty()):
         try:
-            results.append(Restored(item, tuple(_restore_one(item, model, str(metadata["sha256"]), output, options))))
+            results.append(Restored(item, tuple(_restore_one(item, model, output, options))))
         except (ValueError, OSError) as error:
             text = str(error) if isinstance(error, ValueError) else f"restore: {type(error).__name__} while reading or writing"
             results.append(Restored(item, (), text))
@@ -110,7 +109,7 @@ def _inputs(source: Path) -> list[Path]:
     return found
 
 
-def _restore_one(source: Path, model: nn.Module, model_hash: str, output: Path, options: RestoreOptions) -> list[Path]:
+def _restore_one(source: Path, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
     if source.name.lower().endswith(NIFTI_SUFFIXES):
         return _restore_nifti(source, model, output, options)
     paths = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() and _is_mixed(source) else None
@@ -124,13 +123,13 @@ def _restore_one(source: Path, model: nn.Module, model_hash: str, output: Path, 
     series = read_dicom_files(paths, task_name)
     task = TASKS[task_name]
     volume = Volume(series.voxels, series.affine, task.unit)
-    restored = restore_volume(model, volume, task, options)
+    restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
     name = source.stem if source.is_file() else source.name
     stacks = {"restored": restored.voxels}
     if options.residual:
         stacks["residual"] = restored.voxels - volume.voxels
     return [
-        *(_write_series(series, voxels, output / f"{name}_{kind}", model_hash, kind) for kind, voxels in stacks.items()),
+        *(_write_series(series, voxels, output / f"{name}_{kind}", model.sha256, kind) for kind, voxels in stacks.items()),
         *_contact_sheet(volume, restored, output / f"{name}_contact.png", options, task),
     ]
 
@@ -146,7 +145,7 @@ def _write_series(series: DicomSeries, voxels: np.ndarray, folder: Path, model_h
     return folder
 
 
-def _restore_nifti(source: Path, model: nn.Module, output: Path, options: RestoreOptions) -> list[Path]:
+def _restore_nifti(source: Path, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
     if options.task is None:
         raise ValueError(
             "restore: expected --task for NIfTI, which does not state its modality, got none; add --task CT, MRI or PET"
@@ -158,7 +157,7 @@ def _restore_nifti(source: Path, model: nn.Module, output: Path, options: Restor
     if any(target.exists() for target in targets.values()):
         raise ValueError("restore: expected a new output, got one that exists; nothing was overwritten")
     volume = read_volume(source, task)
-    restored = restore_volume(model, volume, task, options)
+    restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
     write_nifti(restored, targets["restored"], volume.stored_dtype)
     if options.residual:
         residual = Volume(restored.voxels - volume.voxels, volume.affine, volume.unit)

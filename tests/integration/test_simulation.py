@@ -88,13 +88,19 @@ def test_ctrl_c_leaves_no_process_and_nothing_to_trust(smoke_hospitals: list[Pat
 
 
 def test_even_a_process_that_detached_itself_is_ended() -> None:
-    with pytest.raises(KeyboardInterrupt), no_process_left():
-        mark = os.environ[MARK]
-        detached = "import os, time; os.fork() or (os.setsid(), os.fork() or time.sleep(60))"
-        subprocess.run([sys.executable, "-c", detached], check=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
-    assert [p for p in psutil.process_iter() if _mark(p) == mark] == []
+    detached = "import os, time; os.fork() or (os.setsid(), os.fork() or time.sleep(60))"
+    marks = []
+
+    def start_and_be_told_to_end() -> None:
+        with no_process_left():
+            marks.append(os.environ[MARK])
+            subprocess.run([sys.executable, "-c", detached], check=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        start_and_be_told_to_end()
+    assert [p for p in psutil.process_iter() if _mark(p) in marks] == []
     assert MARK not in os.environ
 
 

@@ -12,7 +12,7 @@ from conftest import SITES, RuleSites, good_reply
 
 from server import journal
 from server.strategy import SiteInfo, begin, instruct, run
-from tat_core.checkpoint import load_model, model_hash
+from tat_core.checkpoint import model_hash, read_model
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 from tat_core.sharing import owner_of
@@ -70,9 +70,9 @@ def test_what_a_run_leaves_behind(config: RunConfig, tmp_path: Path) -> None:
     assert sum(task["aggregation_weight"] for task in records[-1]["tasks"].values()) == pytest.approx(1.0)
     # A lower loss means a higher weight in the published balancer; MRI and PET sites have the longer names, thus losses.
     assert records[0]["tasks"]["CT"]["task_weight"] > records[0]["tasks"]["PET"]["task_weight"]
-    _, metadata = load_model(tmp_path / "run" / "model.safetensors", "PET")
-    assert metadata["sha256"] == model_hash(state.average)
-    assert metadata["extra"]["round"] == 3
+    model = read_model(tmp_path / "run" / "model.safetensors")
+    assert model.sha256 == model_hash(state.average)
+    assert model.metadata["extra"]["round"] == 3
     assert not list((tmp_path / "run" / "spool").glob("*"))
 
 
