@@ -24,7 +24,7 @@ from tat_core.data.dicom_geometry import (
 )
 from tat_core.data.suv import suv_factor
 
-# Values that break a rule of DICOM are common and harmless here; pydicom's warnings about them would print patients' data into logs.
+# Values that break a rule of DICOM are common and harmless here, and warnings about them would print patients' data into logs.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 MAX_VOXELS = 2**28  # 1 GiB in float32: 1024 slices of 512 × 512
 MODALITIES = {"CT": "CT", "MRI": "MR", "PET": "PT"}
