@@ -56,6 +56,12 @@ class ModelConfig:
         "published: generated kernels start with zero weight; awake: they matter from the first step.",
         choices=("published", "awake"),
     )
+    precision: str = setting(
+        "fp32",
+        "fp32: exact; bf16: most matrix products in bfloat16, about twice as fast where the processor has it.",
+        choices=("fp32", "bf16"),
+    )
+    checkpointing: bool = setting(False, "Compute every block twice in training instead of keeping its intermediate results.")
 
     def __post_init__(self) -> None:
         validate(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -83,7 +82,8 @@ class _Gram(torch.autograd.Function):
         """(pixels, N, 3C) → (N, heads, c, c), (N, 2, heads, c), (pixels, N, C)."""
         q, k, v = _split_heads(qkv, heads)
         gram = torch.matmul(q.mT, k)
-        norms = torch.linalg.vector_norm(qkv[..., : qkv.shape[-1] // 3 * 2], dim=0)
+        precise = torch.promote_types(qkv.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(qkv[..., : qkv.shape[-1] // 3 * 2], dim=0, dtype=precise)
         norms = norms.view(gram.shape[0], 2, heads, -1)
         ctx.save_for_backward(qkv, norms)
         return gram, norms, v
@@ -97,9 +97,13 @@ class _Gram(torch.autograd.Function):
         torch.mul(qkv[..., : 2 * channels], (grad_norms / norms.clamp_min(_EPS)).flatten(1), out=grad[..., : 2 * channels])
         q, k, _ = _split_heads(qkv, heads)
         grad_q, grad_k, _ = _split_heads(grad, heads)
-        for image, head in itertools.product(range(qkv.shape[1]), range(heads)):
-            grad_q[image, head].addmm_(k[image, head], grad_gram[image, head].T)
-            grad_k[image, head].addmm_(q[image, head], grad_gram[image, head])
+        if heads > 1:
+            grad_q.add_(k @ grad_gram.mT)
+            grad_k.add_(q @ grad_gram)
+            return grad, None
+        for image in range(qkv.shape[1]):  # the widest level, where a temporary as large as q would cost
+            grad_q[image, 0].addmm_(k[image, 0], grad_gram[image, 0].T)
+            grad_k[image, 0].addmm_(q[image, 0], grad_gram[image, 0])
         return grad, None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tat_core.config import ModelConfig
 from tat_core.model.blocks import Block, conv3x3, enlarge, shrink, to_features, to_images
@@ -81,30 +82,46 @@ class TAT(nn.Module):
             Not (B, 1, H, W), or a side below 16.
         """
         padded = _pad(lq)
-        skip1, skip2, skip3, deepest = self._encode(padded)
-        if kernels is None:
-            kernels = self.tren(deepest)
-        x = _run(self.latent, deepest, kernels["latent"])
-        x = self.merge3(torch.cat((enlarge(self.up3, x), skip3), -1))
-        x = _run(self.decoder3, x, kernels["level3"])
-        x = self.merge2(torch.cat((enlarge(self.up2, x), skip2), -1))
-        x = _run(self.decoder2, x, kernels["level2"])
-        decoded = _run(self.decoder1, torch.cat((enlarge(self.up1, x), skip1), -1), kernels["level1"])
-        refined = _run(self.refinement, decoded, kernels["level1"])
-        x = self.fuse(to_images(torch.cat((skip1, decoded, refined), -1)))
-        restored = self.output(to_images(self.fuse_mix(to_features(F.gelu(x))))) + padded
-        return restored[..., : lq.shape[-2], : lq.shape[-1]]
+        with self._autocast(lq):
+            residual = self._residual(padded, kernels)
+        return (residual.to(lq.dtype) + padded)[..., : lq.shape[-2], : lq.shape[-1]]
 
     def pooled_features(self, lq: Tensor) -> Tensor:
         """What TREN keeps of an image, (B, F). Averaged over an image's tiles it serves ``tren.kernels`` for all of them."""
-        return self.tren.pooled(self._encode(_pad(lq))[-1])
+        with self._autocast(lq):
+            return self.tren.pooled(self._encode(_pad(lq))[-1])
+
+    def _residual(self, padded: Tensor, kernels: Kernels | None) -> Tensor:
+        skip1, skip2, skip3, deepest = self._encode(padded)
+        if kernels is None:
+            kernels = self.tren(deepest)
+        x = self._run(self.latent, deepest, kernels["latent"])
+        x = self.merge3(torch.cat((enlarge(self.up3, x), skip3), -1))
+        x = self._run(self.decoder3, x, kernels["level3"])
+        x = self.merge2(torch.cat((enlarge(self.up2, x), skip2), -1))
+        x = self._run(self.decoder2, x, kernels["level2"])
+        decoded = self._run(self.decoder1, torch.cat((enlarge(self.up1, x), skip1), -1), kernels["level1"])
+        refined = self._run(self.refinement, decoded, kernels["level1"])
+        x = self.fuse(to_images(torch.cat((skip1, decoded, refined), -1)))
+        return self.output(to_images(self.fuse_mix(to_features(F.gelu(x)))))
 
     def _encode(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         none = (None, None)
-        skip1 = _run(self.encoder1, to_features(self.embed(padded.contiguous(memory_format=torch.channels_last))), none)
-        skip2 = _run(self.encoder2, shrink(self.down1, skip1), none)
-        skip3 = _run(self.encoder3, shrink(self.down2, skip2), none)
+        skip1 = self._run(self.encoder1, to_features(self.embed(padded.contiguous(memory_format=torch.channels_last))), none)
+        skip2 = self._run(self.encoder2, shrink(self.down1, skip1), none)
+        skip3 = self._run(self.encoder3, shrink(self.down2, skip2), none)
         return skip1, skip2, skip3, shrink(self.down3, skip3)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, kernels: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
+        for block in blocks:
+            if self.config.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, kernels, use_reentrant=False)
+            else:
+                x = block(x, kernels)
+        return x
+
+    def _autocast(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def build_model(config: ModelConfig, seed: int) -> TAT:
@@ -118,12 +135,6 @@ def build_model(config: ModelConfig, seed: int) -> TAT:
         if config.kernel_init == "awake":
             wake(model, model.tren)
     return model
-
-
-def _run(blocks: nn.ModuleList, x: Tensor, kernels: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
-    for block in blocks:
-        x = block(x, kernels)
-    return x
 
 
 def _pad(lq: Tensor) -> Tensor:
