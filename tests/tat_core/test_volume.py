@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 from dicom_samples import multi_frame, ramp_volume, turned_affine, write_ct
+from pydicom.data import get_testdata_file
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from tat_core.data.dicom_write import write_dicom_series
@@ -96,6 +97,15 @@ def test_compressed_transfer_syntaxes(tmp_path: Path, syntax) -> None:
         dataset.compress(syntax)
         dataset.save_as(path)
     np.testing.assert_array_equal(read_volume(folder, CT).voxels, volume.voxels[:, :, :])
+
+
+@pytest.mark.parametrize(
+    "name", ["MR_small_RLE", "MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_bigendian", "MR_small_implicit"]
+)
+def test_every_encoding_of_one_image_gives_the_same_voxels(name: str) -> None:
+    plain, encoded = (read_volume(Path(str(get_testdata_file(f"{file}.dcm"))), MRI) for file in ("MR_small", name))
+    np.testing.assert_array_equal(encoded.voxels, plain.voxels)
+    np.testing.assert_array_equal(encoded.affine, plain.affine)
 
 
 def test_enhanced_multi_frame_equals_single_frame(tmp_path: Path) -> None:
