@@ -139,7 +139,12 @@ def _patients(data: DataSet) -> Iterator[Finding]:
     if train < FEW_PATIENTS:
         why = "a network trained on few patients learns these patients, and hides them less well"
         yield Finding(
-            "warning", "", "few-patients", f"{train} patients in train", why, f"add patients; {FEW_PATIENTS} at the very least"
+            "warning",
+            "",
+            "few-patients",
+            f"{train} patient{'s' * (train != 1)} in train",
+            why,
+            f"add patients; {FEW_PATIENTS} at the very least",
         )
 
 
