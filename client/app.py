@@ -53,13 +53,13 @@ def site_of(context: Context) -> Site:
         raise ValueError(
             "site: expected node-config to name the site file, got none; start the node with --node-config 'site=\"…\"'"
         )
-    root = Path(os.environ.get("FED_TAT_SITES", "data/hospitals"))
+    root = Path(os.environ.get("FED_TAT_SITES", "data/hospitals-demo"))
     files = sorted(root.glob("*/site.yaml"))
     number = int(context.node_config["partition-id"])
     if number >= len(files):
         raise ValueError(
             f"site: expected a site folder for simulated node {number}, got {len(files)} folders in FED_TAT_SITES={root}; "
-            "make the sample hospitals with `tat hospitals`, or lower num-supernodes"
+            "make the sample hospitals with `tat simulate`, or lower num-supernodes"
         )
     return load_site(files[number])
 

@@ -30,7 +30,7 @@ class Spooled:
         Its update, safetensors.
     stats : dict of task name to TaskStats
     facts : dict
-        Seconds, bytes and whatever else the round's record keeps of it.
+        ``seconds``, ``bytes``, ``norm``, and ``scale``: 1, or less where an overlong update is shortened.
     """
 
     site: str
@@ -44,23 +44,30 @@ class Spooled:
         return {task: s.count / total for task, s in self.stats.items()}
 
 
-def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any]) -> Spooled:
-    """Write a reply to the round's folder, durably; once this returns, a crash does not lose it."""
+def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any], model: str) -> Spooled:
+    """Write a reply to the round's folder, durably; once this returns, a crash does not lose it.
+
+    Parameters
+    ----------
+    folder, site, reply, facts
+    model : str
+        Hash of the model that the round started from; without it a folder could not be told from that of another run.
+    """
     path = folder / f"{site}.safetensors"
-    metadata = {"metrics": json.dumps(reply.metrics), "facts": json.dumps(dict(facts)), "base": str(reply.config["base"])}
+    metadata = {"metrics": json.dumps(reply.metrics), "facts": json.dumps(dict(facts)), "model": model}
     arrays = {name: np.ascontiguousarray(value) for name, value in reply.arrays.items()}
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
     return Spooled(site, path, metrics_to_stats(reply.metrics), dict(facts))
 
 
-def read_spool(folder: Path, bases: Mapping[str, str]) -> dict[str, Spooled]:
-    """The replies in a round's folder that were trained from what each site was sent, told by its hash; in the order of names."""
+def read_spool(folder: Path, model: str) -> dict[str, Spooled]:
+    """The replies in a round's folder that belong to the model with this hash, in the order of the sites' names."""
     replies = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata()
-        if metadata["base"] == bases.get(path.stem):
+        if metadata["model"] == model:
             stats = metrics_to_stats(json.loads(metadata["metrics"]))
             replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
     return replies
@@ -107,6 +114,6 @@ def task_means(replies: Mapping[str, Spooled], keys: list[str]) -> Iterator[tupl
                     continue
                 update = files[site].get_tensor(key)
                 for task in concerned:
-                    part = update * np.float32(shares[site][task] / total[task])
+                    part = update * np.float32(replies[site].facts["scale"] * shares[site][task] / total[task])
                     means[task] = means[task] + part if task in means else part
             yield key, dict(sorted(means.items()))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from server.strategy import SiteInfo
+from server.sites import SiteInfo
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
 log = logging.getLogger("fed_tat.server")
 
 POLL_SECONDS = 0.1
+SITE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes the name of a file
 
 
 class FlowerSites:
@@ -29,39 +31,50 @@ class FlowerSites:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._node_of: dict[str, int] = {}
+        self._known: dict[int, tuple[str, SiteInfo]] = {}
 
-    def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
-        """Wait for the expected number of nodes, ask each who it is, and keep those that share a task with the run.
+    def members(self, config: RunConfig) -> dict[str, SiteInfo]:
+        """The sites that are there now; before the first round, wait for the expected number of them.
+
+        New nodes are asked who they are. One that does not answer properly is asked again next time.
 
         Raises
         ------
         ValueError
             No site takes part.
         """
-        nodes = self._wait_for_nodes(config.federation.num_sites, config.federation.wait_timeout_s)
-        members: dict[str, SiteInfo] = {}
-        for node, reply in self._exchange("query", dict.fromkeys(nodes, Packet()), config.federation.wait_timeout_s):
-            name = str(reply.config.get("site", ""))
-            tasks = tuple(task for task in str(reply.config.get("tasks", "")).split(",") if task in config.tasks)
-            if reply.error is not None or not tasks or name in members:
-                reason = reply.error or ("NO_SHARED_TASK" if name not in members else "DUPLICATE_NAME")
-                log.warning("node %d (%s) does not take part: %s", node, name or "unnamed", reason)
-                continue
-            members[name] = SiteInfo(tasks, str(reply.config.get("patients", "")))
-            self._node_of[name] = node
-        if not members:
+        federation = config.federation
+        nodes = self._wait_for_nodes(1 if self._known else federation.num_sites, federation.wait_timeout_s)
+        self._known = {node: known for node, known in self._known.items() if node in nodes}
+        new = dict.fromkeys((node for node in nodes if node not in self._known), Packet())
+        for news in self._exchange("query", new, federation.wait_timeout_s):
+            if news is not None:
+                self._introduce(*news, config)
+        if not self._known:
             raise ValueError(
-                f"connect: expected {config.federation.num_sites} sites, got none of {len(nodes)} nodes; see the sites' logs"
+                f"connect: expected {federation.num_sites} sites, got none of {len(nodes)} nodes; see the sites' logs"
             )
-        return dict(sorted(members.items()))
+        return dict(sorted(self._known.values()))
 
-    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:
-        """Send each named site its instruction; yield the replies as they arrive, until all have come or time is up."""
-        name_of = {self._node_of[name]: name for name in instructions}
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+        """Send each named site its instruction; yield the replies as they arrive, None while there is none."""
+        name_of = {node: name for node, (name, _) in self._known.items() if name in instructions}
         packets = {node: instructions[name] for node, name in name_of.items()}
-        for node, reply in self._exchange(kind, packets, timeout_s):
-            yield name_of[node], reply
+        for news in self._exchange(kind, packets, timeout_s):
+            yield None if news is None else (name_of[news[0]], news[1])
+
+    def _introduce(self, node: int, reply: Packet, config: RunConfig) -> None:
+        name = str(reply.config.get("site", ""))
+        tasks = tuple(task for task in config.tasks if task in str(reply.config.get("tasks", "")).split(","))
+        fault = reply.error
+        if fault is None and (not SITE_NAME.fullmatch(name) or name in {known for known, _ in self._known.values()}):
+            fault = "WRONG_NAME"
+        if fault is None and not tasks:
+            fault = "NO_SHARED_TASK"
+        if fault is None:
+            self._known[node] = (name, SiteInfo(tasks, str(reply.config.get("patients", ""))))
+        else:
+            log.warning("node %d does not take part: %s", node, fault)
 
     def _wait_for_nodes(self, expected: int, timeout_s: float) -> list[int]:
         deadline = time.monotonic() + timeout_s
@@ -71,8 +84,8 @@ class FlowerSites:
             log.warning("%d of %d sites are there after %.0f s; going on with them", len(nodes), expected, timeout_s)
         return nodes
 
-    def _exchange(self, kind: str, packets: Mapping[int, Packet], timeout_s: float) -> Iterator[tuple[int, Packet]]:
-        """Push one message a node (Flower needs a list) and pull until every node has answered or the deadline has passed."""
+    def _exchange(self, kind: str, packets: Mapping[int, Packet], timeout_s: float) -> Iterator[tuple[int, Packet] | None]:
+        """Push one message a node (Flower needs a list) and pull until every node has answered or the time is up."""
         contents = {id(packet): _encode(packet) for packet in packets.values()}
         messages = [
             Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
@@ -86,6 +99,7 @@ class FlowerSites:
                 waiting.discard(reply.metadata.reply_to_message_id)
                 yield reply.metadata.src_node_id, _decode(reply)
             if not replies:
+                yield None
                 time.sleep(POLL_SECONDS)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
 from tat_core.packet import Packet, metrics_to_stats
 
 
-def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_samples: int) -> str | None:
+def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_samples: int, longest: float) -> str | None:
     """Why a reply must not be aggregated, as a code; None if it may.
 
     Parameters
@@ -21,6 +22,8 @@ def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_
         Tasks that the site said it has.
     max_samples : int
         Samples that the site was asked to train on; no count may be above it.
+    longest : float
+        An update longer than this (L2, over all parameters) is not one of training.
     """
     if reply.error is not None:
         return reply.error
@@ -33,9 +36,18 @@ def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_
             return "WRONG_SHAPE"
         if value.dtype != np.float32:
             return "WRONG_TYPE"
-        if not np.isfinite(value).all():
-            return "NOT_FINITE"
+    norm = length(reply.arrays)
+    if not math.isfinite(norm):
+        return "NOT_FINITE"
+    if norm > longest:
+        return "ABSURD_LENGTH"
     return _fault_in_statistics(reply, tasks, max_samples)
+
+
+def length(arrays: Mapping[str, np.ndarray]) -> float:
+    """L2 norm over all arrays; NaN or infinite if any value is, or if float32 cannot hold its square."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.sqrt(sum(float(np.square(value).sum(dtype=np.float64)) for value in arrays.values()))
 
 
 def _fault_in_statistics(reply: Packet, tasks: tuple[str, ...], max_samples: int) -> str | None:

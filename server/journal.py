@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from server.history import SiteHistory
+from server.optimise import Moments
 from tat_core.balance import BalanceState
 from tat_core.checkpoint import replacing
 from tat_core.config import RunConfig, config_from_dict, config_to_dict
@@ -22,7 +24,7 @@ from tat_core.config import RunConfig, config_from_dict, config_to_dict
 log = logging.getLogger("fed_tat.server")
 
 KEPT_STATES = 2
-AVERAGE = "average/"
+AVERAGE, FIRST, SECOND = "average/", "first/", "second/"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class ServerState:
     average : dict of parameter name to float32 array
         Exponential moving average of the models: what is scored and released. Empty if ``train.ema_decay`` is 0.
     balance : BalanceState
+    moments : dict of parameter name to Moments
+        Of the server's optimiser.
+    history : dict of site name to SiteHistory
     best_round : int
         The round whose model had the highest mean gain on the validation patients; 0 if none was scored.
     best_gain_db : float
@@ -47,6 +52,8 @@ class ServerState:
     model: dict[str, np.ndarray]
     balance: BalanceState
     average: dict[str, np.ndarray] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+    history: dict[str, SiteHistory] = field(default_factory=dict)
     best_round: int = 0
     best_gain_db: float = float("-inf")
 
@@ -54,6 +61,10 @@ class ServerState:
     def released(self) -> dict[str, np.ndarray]:
         """The parameters that are scored and handed out."""
         return self.average or self.model
+
+    def strikes_of(self, site: str) -> int:
+        """Rounds in a row in which a site's reply was refused."""
+        return self.history.get(site, SiteHistory()).strikes
 
 
 def start_run(folder: Path, config: RunConfig) -> None:
@@ -84,13 +95,13 @@ def save_state(folder: Path, state: ServerState) -> None:
     journal = folder / "journal"
     arrays = journal / f"{state.round:06d}.safetensors"
     with replacing(arrays) as temporary:
-        average = {AVERAGE + name: value for name, value in state.average.items()}
-        save_file({name: np.ascontiguousarray(value) for name, value in {**state.model, **average}.items()}, temporary)
+        save_file({name: np.ascontiguousarray(value) for name, value in _flat(state).items()}, temporary)
     manifest = {
         "round": state.round,
         "names": list(state.model),
         "sha256": _file_hash(arrays),
         "balance": asdict(state.balance),
+        "history": {name: asdict(history) for name, history in state.history.items()},
         "best_round": state.best_round,
         "best_gain_db": state.best_gain_db if state.best_round else None,
     }
@@ -115,12 +126,24 @@ def load_state(folder: Path) -> ServerState | None:
                 {name: arrays[name] for name in manifest["names"]},
                 BalanceState(**manifest["balance"]),
                 {name: arrays[AVERAGE + name] for name in manifest["names"] if AVERAGE + name in arrays},
+                {name: Moments(arrays.get(FIRST + name), arrays.get(SECOND + name)) for name in manifest["names"]},
+                {name: _history(fields) for name, fields in manifest["history"].items()},
                 manifest["best_round"],
                 float("-inf") if gain is None else gain,
             )
         except (OSError, ValueError, KeyError) as error:
             log.warning("journal: the state %s is damaged (%s); the one before it is tried", path.stem, error)
     return None
+
+
+def readmit(folder: Path, state: ServerState) -> ServerState:
+    """Forget the strikes of the sites that an operator let back with `tat run readmit`."""
+    history = dict(state.history)
+    for request in sorted((folder / "readmit").glob("*")):
+        history[request.name] = replace(history.get(request.name, SiteHistory()), strikes=0)
+        log.info("readmitted: %s", request.name)
+        request.unlink()
+    return replace(state, history=history)
 
 
 def append_record(folder: Path, record: dict[str, Any]) -> None:
@@ -159,6 +182,19 @@ def clear_spool(folder: Path, last_round: int) -> None:
     for path in (folder / "spool").glob("*"):
         if int(path.name) <= last_round:
             shutil.rmtree(path)
+
+
+def _flat(state: ServerState) -> dict[str, np.ndarray]:
+    """All arrays of a state under names of their own."""
+    flat = {**state.model, **{AVERAGE + name: value for name, value in state.average.items()}}
+    for name, moments in state.moments.items():
+        flat |= {FIRST + name: moments.first} if moments.first is not None else {}
+        flat |= {SECOND + name: moments.second} if moments.second is not None else {}
+    return flat
+
+
+def _history(fields: dict[str, Any]) -> SiteHistory:
+    return SiteHistory(tuple(fields["norms"]), tuple(fields["seconds"]), fields["strikes"])
 
 
 def _file_hash(path: Path) -> str:

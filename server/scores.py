@@ -57,3 +57,9 @@ def mean_gain_db(validation: Mapping[str, Validation]) -> float | None:
     if not validation:
         return None
     return sum(v.gain_db for v in validation.values()) / len(validation)
+
+
+def gain_by_site(metrics: Mapping[str, Mapping[str, int | float]], tasks: tuple[str, ...]) -> dict[str, float]:
+    """Each site's own mean gain over its tasks, in dB: the worst of them is what a mean over sites hides."""
+    gains = {site: mean_gain_db(pool_scores({site: metrics[site]}, tasks)) for site in sorted(metrics)}
+    return {site: gain for site, gain in gains.items() if gain is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from client.site import Site, load_site
 from client.work import describe, evaluate_round, handle, train_round
-from server.strategy import SiteInfo
+from server.sites import SiteInfo
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
@@ -29,7 +29,7 @@ class LocalSites:
         self._sites: dict[str, Site] = {site.name: site for site in sites}
         self._config = config
 
-    def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
+    def members(self, config: RunConfig) -> dict[str, SiteInfo]:
         """The sites and their tasks."""
         replies = {name: handle(describe, site, config, Packet()) for name, site in sorted(self._sites.items())}
         return {
@@ -37,7 +37,7 @@ class LocalSites:
             for name, reply in replies.items()
         }
 
-    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:  # noqa: ARG002 - nobody is slow here
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:  # noqa: ARG002 - nobody is slow here
         """Let each named site do its work."""
         for name, instruction in instructions.items():
             yield name, handle(ACTIONS[kind], self._sites[name], self._config, instruction)

@@ -122,10 +122,23 @@ class FederationConfig:
     num_sites: int = setting(6, "Hospitals to wait for before the first round.", at_least=1)
     wait_timeout_s: float = setting(120.0, "Longest wait for them, in seconds.", above=0.0)
     round_timeout_s: float = setting(3600.0, "Longest wait for the replies of one round, in seconds.", above=0.0)
+    deadline_factor: float = setting(
+        3.0, "A round closes after this many times the slowest site's usual duration, given a quorum.", at_least=1.0
+    )
+    deadline_floor_s: float = setting(60.0, "A round never closes earlier, unless all have replied; in seconds.", above=0.0)
+    quorum_per_task: int = setting(1, "Replies of each task that a round waits for beyond its deadline.", at_least=0)
+    clip_factor: float = setting(3.0, "An update longer than this many times the usual length is shortened to it.", at_least=1.0)
+    refuse_factor: float = setting(100.0, "An update longer than this many times the usual length is refused.", above=1.0)
+    max_strikes: int = setting(3, "Refused replies in a row after which a site is left out until it is readmitted.", at_least=1)
     task_groups: tuple[str, ...] = setting(
         ("adapter",),
         "Parameter groups that every task has of its own, averaged over its sites alone; the others are shared by all.",
         choices=GROUPS,
+    )
+    server_optimiser: str = setting(
+        "average",
+        "average: move by the combined update; momentum: FedAvgM; adam: FedAdam.",
+        choices=("average", "momentum", "adam"),
     )
     server_lr: float = setting(1.0, "Share of the combined update that is applied.", above=0.0)
     evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)

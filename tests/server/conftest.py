@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from server.strategy import SiteInfo
+from server.sites import SiteInfo
 from tat_core.config import RunConfig, load_config
 from tat_core.packet import Packet
 
@@ -34,18 +34,17 @@ class RuleSites:
         self.tamper, self.order = tamper, order
         self.asked: list[tuple[str, int, str]] = []
 
-    def connect(self, config: RunConfig) -> dict[str, SiteInfo]:
+    def members(self, config: RunConfig) -> dict[str, SiteInfo]:
         return {name: SiteInfo(tasks, "1-10") for name, tasks in SITES.items()}
 
-    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet]]:
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
         for name in self.order(instructions):
             instruction = instructions[name]
             number = int(instruction.config["round"])
             self.asked.append((kind, number, name))
             reply = good_reply(name, instruction) if kind == "train" else good_scores(name, instruction)
             answer = self.tamper(name, number, reply) if kind == "train" else reply
-            if answer is not None:
-                yield name, answer
+            yield (name, answer) if answer is not None else None
 
 
 def good_reply(name: str, instruction: Packet) -> Packet:

@@ -18,7 +18,7 @@ INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc"})
 
 
 def _fault(reply: Packet) -> str | None:
-    return fault_in(reply, INSTRUCTION, tasks=("CT",), max_samples=8)
+    return fault_in(reply, INSTRUCTION, tasks=("CT",), max_samples=8, longest=10.0)
 
 
 def _with_array(value: np.ndarray) -> Callable[[Packet], Packet]:
@@ -47,6 +47,8 @@ def test_a_good_reply_passes() -> None:
         ("WRONG_TYPE", _with_array(np.zeros((2, 3), np.float64))),
         ("NOT_FINITE", _with_array(np.full((2, 3), np.nan, np.float32))),
         ("NOT_FINITE", _with_array(np.full((2, 3), np.inf, np.float32))),
+        ("NOT_FINITE", _with_array(np.full((2, 3), 3e38, np.float32))),
+        ("ABSURD_LENGTH", _with_array(np.full((2, 3), 100.0, np.float32))),
         ("BAD_COUNT", _with(CT_count=-4)),
         ("BAD_COUNT", _with(CT_count=0)),
         ("BAD_COUNT", _with(CT_count=9)),

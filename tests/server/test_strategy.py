@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 from conftest import SITES, RuleSites, good_reply
 
 from server import journal
-from server.strategy import SiteInfo, begin, instruct, run
+from server.collect import instruct
+from server.sites import SiteInfo
+from server.strategy import begin, run
 from tat_core.checkpoint import model_hash, read_model
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
@@ -166,3 +170,96 @@ def test_a_site_with_two_tasks_counts_toward_each_by_its_share(config: RunConfig
     own = "MRI:output.weight"
     expected = before[own] + (updates["c-mri"][own] + 0.5 * updates["b-ct"][own]) / 1.5
     np.testing.assert_allclose(state.model[own], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_overlong_update_is_shortened_and_an_absurd_one_refused(config: RunConfig, tmp_path: Path) -> None:
+    def tamper(name: str, number: int, reply: Packet) -> Packet:
+        factor = {("a-ct", 2): 10.0, ("b-ct", 2): 1000.0}.get((name, number), 1.0)
+        return replace(reply, arrays={key: value * np.float32(factor) for key, value in reply.arrays.items()})
+
+    run(config, RuleSites(tamper), tmp_path / "run")
+    first, second, third = _records(tmp_path / "run")
+    usual = np.median([first["sites"][name]["norm"] for name in ("a-ct", "b-ct")])
+    shortened = second["sites"]["a-ct"]
+    assert shortened["norm"] * shortened["scale"] == pytest.approx(3 * usual)
+    assert second["sites"]["b-ct"]["status"] == "ABSURD_LENGTH"
+    assert third["sites"]["b-ct"]["status"] == "ok"
+    assert all(facts["scale"] == 1.0 for facts in first["sites"].values())
+
+
+def test_a_site_with_three_strikes_is_left_out_until_readmitted(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, num_rounds=6)
+
+    def tamper(name: str, number: int, reply: Packet) -> Packet:
+        if name == "d-pet" and number == 5:  # an operator's word, while round 5 goes on
+            (tmp_path / "run" / "readmit").mkdir(exist_ok=True)
+            (tmp_path / "run" / "readmit" / "b-ct").touch()
+        spoilt = name == "b-ct" and number < 5
+        return replace(reply, config={**reply.config, "round": 0}) if spoilt else reply
+
+    run(config, RuleSites(tamper), tmp_path / "run")
+    statuses = [record["sites"]["b-ct"]["status"] for record in _records(tmp_path / "run")]
+    assert statuses == ["STALE", "STALE", "STALE", "LEFT_OUT", "LEFT_OUT", "ok"]
+
+
+def test_a_site_that_reports_its_own_failure_gets_no_strike(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, num_rounds=5)
+    failing = RuleSites(lambda name, _round, reply: Packet(config={"error": "SITE_IO"}) if name == "b-ct" else reply)
+    run(config, failing, tmp_path / "run")
+    assert {record["sites"]["b-ct"]["status"] for record in _records(tmp_path / "run")} == {"SITE_IO"}
+
+
+def test_sites_may_join_leave_and_return(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, num_rounds=4)
+
+    class Coming(RuleSites):
+        rounds = 0
+
+        def members(self, config: RunConfig) -> dict[str, SiteInfo]:
+            self.rounds += 1
+            absent = {1: ("d-pet",), 2: ("a-ct", "b-ct"), 3: ("a-ct",)}.get(self.rounds, ())
+            return {name: info for name, info in super().members(config).items() if name not in absent}
+
+    run(config, Coming(), tmp_path / "run")
+    records = _records(tmp_path / "run")
+    assert [record["frozen_tasks"] for record in records] == [["PET"], ["CT"], [], []]
+    assert [len(record["sites"]) for record in records] == [3, 2, 3, 4]
+
+
+def test_a_round_closes_at_its_deadline_once_every_task_has_replied(config: RunConfig, tmp_path: Path) -> None:
+    federation = replace(config.federation, deadline_floor_s=0.05, deadline_factor=1.0)
+    config = replace(config, num_rounds=2, federation=federation)
+
+    class Slow(RuleSites):
+        def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+            yield from super().ask(kind, {name: p for name, p in instructions.items() if name != "b-ct"}, timeout_s)
+            if "b-ct" in instructions:
+                for _ in range(20 if instructions["b-ct"].config["round"] == 2 else 0):
+                    time.sleep(0.02)
+                    yield None
+                yield "b-ct", good_reply("b-ct", instructions["b-ct"])
+
+    run(config, Slow(), tmp_path / "run")
+    first, second = _records(tmp_path / "run")
+    assert first["sites"]["b-ct"]["status"] == "ok"
+    assert second["sites"]["b-ct"]["status"] == "NO_REPLY"
+    assert set(second["tasks"]) == {"CT", "MRI", "PET"}
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_server_optimisers_resume_to_the_same_bits(config: RunConfig, tmp_path: Path, kind: str) -> None:
+    federation = replace(config.federation, server_optimiser=kind, server_lr=0.01)
+    config = replace(config, federation=federation)
+    whole = run(config, RuleSites(), tmp_path / "whole")
+
+    def die(name: str, number: int, reply: Packet) -> Packet:
+        if (name, number) == ("a-ct", 3):
+            raise KeyboardInterrupt
+        return reply
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, RuleSites(die), tmp_path / "killed")
+    resumed = run(replace(config, resume=True), RuleSites(), tmp_path / "killed")
+    assert model_hash(resumed.model) == model_hash(whole.model)
+    plain = run(replace(config, federation=replace(federation, server_optimiser="average")), RuleSites(), tmp_path / "plain")
+    assert model_hash(plain.model) != model_hash(whole.model)

@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from client.site import load_site
 from simulations import hospitals
 from simulations.hospitals import build_hospitals
 from simulations.sources import IMAGES
@@ -20,9 +21,14 @@ from tat_core.data.volume import read_volume
 NAMES = ["ct-abdomen", "ct-chest", "mri-pd", "mri-t1", "pet-brain", "pet-trunk"]
 
 
+def _data_set(site: Path) -> Path:
+    (folder,) = load_site(site / "site.yaml").data.values()
+    return folder
+
+
 def test_six_hospitals_two_per_task(smoke_hospitals: list[Path]) -> None:
     assert [site.name for site in smoke_hospitals] == NAMES
-    tasks = [next(folder.name for folder in site.iterdir() if folder.is_dir()) for site in smoke_hospitals]
+    tasks = [_data_set(site).name for site in smoke_hospitals]
     assert tasks == ["CT", "CT", "MRI", "MRI", "PET", "PET"]
     kinds = {
         site.name: {path.suffix for path in (site / task / "LQ").rglob("*") if path.is_file()}
@@ -34,7 +40,7 @@ def test_six_hospitals_two_per_task(smoke_hospitals: list[Path]) -> None:
 
 def test_no_slice_and_where_possible_no_patient_on_two_sides(smoke_hospitals: list[Path]) -> None:
     for site in smoke_hospitals:
-        folder = next(folder for folder in site.iterdir() if folder.is_dir())
+        folder = _data_set(site)
         data = open_data_set(folder)
         patients = {split: {case.patient for case in data.cases if case.split == split} for split in SPLITS}
         if data.about["split_by"] == "patient":
@@ -52,7 +58,7 @@ def test_no_slice_and_where_possible_no_patient_on_two_sides(smoke_hospitals: li
 
 def test_low_quality_is_poorer_but_the_same_picture(smoke_hospitals: list[Path]) -> None:
     for site in smoke_hospitals:
-        folder = next(folder for folder in site.iterdir() if folder.is_dir())
+        folder = _data_set(site)
         test = open_split(folder / "prepared", "test")
         assert 1 <= len(test) <= 8
         lq, hq = test.pair(0)

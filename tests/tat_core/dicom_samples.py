@@ -11,6 +11,8 @@ from pydicom.dataset import Dataset
 from tat_core.data.dicom_write import write_dicom_series
 from tat_core.data.volume import Volume
 
+HALF_LIFE_S = 6586.2
+
 
 def ramp_volume(affine: np.ndarray | None = None, shape: tuple[int, int, int] = (7, 6, 5)) -> Volume:
     voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) - 100
@@ -64,3 +66,22 @@ def multi_frame(volume: Volume, folder: Path) -> Path:
     enhanced.PixelData = b"".join(slices[k].PixelData for k in order)
     enhanced.save_as(folder / "enhanced.dcm")
     return folder / "enhanced.dcm"
+
+
+def pet_header(**elements: object) -> Dataset:
+    """70 kg, 350 MBq of F-18 injected one half-life before the scan."""
+    tracer = Dataset()
+    tracer.RadionuclideTotalDose, tracer.RadionuclideHalfLife = 350e6, HALF_LIFE_S
+    tracer.RadiopharmaceuticalStartTime = "100000"
+    header = Dataset()
+    header.Units, header.PatientWeight, header.DecayCorrection = "BQML", 70.0, "START"
+    header.SeriesDate = header.AcquisitionDate = "20200101"
+    header.SeriesTime = header.AcquisitionTime = "114946.2"
+    header.RadiopharmaceuticalInformationSequence = [tracer]
+    for keyword, value in elements.items():
+        target = tracer if keyword in tracer or (keyword.startswith("Radio") and not keyword.endswith("Sequence")) else header
+        if value is None:
+            delattr(target, keyword)
+        else:
+            setattr(target, keyword, value)
+    return header

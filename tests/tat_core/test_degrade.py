@@ -83,9 +83,7 @@ def test_super_resolution_keeps_low_frequencies_only() -> None:
 def test_super_resolution_noise_has_the_stated_size() -> None:
     flat = np.full((4, 64, 64), 5000.0, np.float32)
     noisy = mri_super_resolution(flat, 4, 100.0, np.random.default_rng(0))
-    assert (noisy - mri_super_resolution(flat, 4)).std() == pytest.approx(
-        100, rel=0.1
-    )  # the real part alone counts here
+    assert (noisy - mri_super_resolution(flat, 4)).std() == pytest.approx(100, rel=0.1)  # the real part alone counts here
 
 
 def test_system_matrix_keeps_content_and_geometry() -> None:

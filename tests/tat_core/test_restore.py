@@ -11,7 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from dicom_samples import multi_frame, turned_affine
+from dicom_samples import multi_frame, pet_header, turned_affine
 
 from tat_core.checkpoint import arrays_of, save_model
 from tat_core.config import ModelConfig
@@ -145,6 +145,34 @@ def test_pet_series_fits_its_slopes(tmp_path: Path, model_file: Path) -> None:
     assert result.error == ""
     before, after, residual = (read_volume(path, PET).voxels for path in (source, *result.outputs))
     np.testing.assert_allclose(after - before, residual, atol=1e-3)
+
+
+def test_pet_in_becquerel_stays_in_becquerel(tmp_path: Path, model_file: Path) -> None:
+    """Stored 70 kg and 350 MBq decayed by half: a factor of 2500 Bq/ml for each SUV."""
+    suv = np.random.default_rng(0).gamma(2, 2, (16, 16, 3)).astype(np.float32)
+    grid = np.diag([-4.0, -4.0, 3.0, 1.0])
+    header = pet_header()
+    extra = {element.keyword: element.value for element in header}
+    series = {"modality": "PT", "patient": "p", "study_key": "s", "series_key": "r", "extra": extra}
+    write_dicom_series(Volume(suv * 2500, grid, "SUV"), tmp_path / "in", **series)  # type: ignore[arg-type]
+    np.testing.assert_allclose(read_volume(tmp_path / "in", PET).voxels, suv, rtol=1e-3, atol=1e-3)
+    (result,) = restore_study(tmp_path / "in", model_file, tmp_path / "out", RestoreOptions(residual=True))
+    assert result.error == ""
+    restored, residual = (read_volume(path, PET).voxels for path in result.outputs)
+    np.testing.assert_allclose(restored - suv, residual, atol=2e-3)
+    assert pydicom.dcmread(result.outputs[0] / "0000.dcm").Units == "BQML"
+
+
+def test_flat_study_is_taken_apart_by_series(tmp_path: Path, model_file: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in (1, 2):
+        folder = tmp_path / f"series{number}"
+        write_dicom_series(abdomen(2), folder, modality="CT", patient="p", study_key="s", series_key=str(number))
+        for path in folder.iterdir():
+            path.rename(tmp_path / "in" / f"{number}-{path.name}")
+    results = restore_study(tmp_path / "in", model_file, tmp_path / "out", RestoreOptions())
+    assert [result.error for result in results] == ["", ""]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["in_1_restored", "in_2_restored"]
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("a.nii.gz", "int16"), ("b.nii", "float32")])

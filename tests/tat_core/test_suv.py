@@ -3,30 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from pydicom.dataset import Dataset
+from dicom_samples import pet_header
 
 from tat_core.data.suv import suv_factor
-
-HALF_LIFE_S = 6586.2
-
-
-def pet_header(**elements: object) -> Dataset:
-    """70 kg, 350 MBq of F-18 injected one half-life before the scan."""
-    tracer = Dataset()
-    tracer.RadionuclideTotalDose, tracer.RadionuclideHalfLife = 350e6, HALF_LIFE_S
-    tracer.RadiopharmaceuticalStartTime = "100000"
-    header = Dataset()
-    header.Units, header.PatientWeight, header.DecayCorrection = "BQML", 70.0, "START"
-    header.SeriesDate = header.AcquisitionDate = "20200101"
-    header.SeriesTime = header.AcquisitionTime = "114946.2"
-    header.RadiopharmaceuticalInformationSequence = [tracer]
-    for keyword, value in elements.items():
-        target = tracer if keyword in tracer or (keyword.startswith("Radio") and not keyword.endswith("Sequence")) else header
-        if value is None:
-            delattr(target, keyword)
-        else:
-            setattr(target, keyword, value)
-    return header
 
 
 def test_decay_to_the_start_of_the_series() -> None:
