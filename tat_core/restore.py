@@ -16,7 +16,7 @@ from tat_core.checkpoint import SavedModel, read_model
 from tat_core.config import EvaluateConfig
 from tat_core.data.check_case import unit_findings
 from tat_core.data.dicom_derive import Derivation, write_derived_series
-from tat_core.data.dicom_read import MODALITIES, DicomSeries, modality_of, read_dicom_files
+from tat_core.data.dicom_read import MODALITIES, DicomSeries, by_series, modality_of, read_dicom_files
 from tat_core.data.listing import files_below
 from tat_core.data.volume import NIFTI_SUFFIXES, Volume, from_display, read_volume, to_display, write_nifti
 from tat_core.evaluate import restore_image
@@ -87,56 +87,78 @@ def restore_study(source: Path, model_file: Path, output: Path, options: Restore
     results = []
     for item in track(_inputs(source), description="Restoring", transient=True, disable=not sys.stdout.isatty()):
         try:
-            results.append(Restored(item, tuple(_restore_one(item, model, output, options))))
-        except (ValueError, OSError) as error:
-            text = str(error) if isinstance(error, ValueError) else f"restore: {type(error).__name__} while reading or writing"
-            results.append(Restored(item, (), text))
+            results.append(Restored(item.source, tuple(_restore_one(item, model, output, options))))
+        except ValueError as error:
+            results.append(Restored(item.source, (), str(error)))
+        except Exception as error:  # a full disk, a damaged header that a decoder trips over: the other inputs go on
+            text = f"restore: expected a series that can be restored, got {type(error).__name__}; look at this input by itself"
+            results.append(Restored(item.source, (), text))
     return results
 
 
-def _inputs(source: Path) -> list[Path]:
+@dataclass(frozen=True)
+class _Input:
+    """A NIfTI file (no `paths`), or the files of one DICOM series."""
+
+    source: Path
+    name: str
+    paths: tuple[Path, ...] = ()
+
+
+def _inputs(source: Path) -> list[_Input]:
     if not source.exists():
         raise ValueError("restore: expected an input file or folder, got one that does not exist; check the path")
     if not source.is_dir():
-        return [source]
+        return [_nifti(source)] if _is_nifti(source) else _dicom(source, [source])
     visible = [path for path in sorted(source.iterdir()) if not path.name.startswith(".")]
-    nifti = [path for path in visible if path.name.lower().endswith(NIFTI_SUFFIXES)]
-    folders = [path for path in visible if path.is_dir() and any(path.iterdir())]
-    loose = [path for path in visible if path.is_file() and path not in nifti]
-    found = [*nifti, *folders, *([source] if modality_of(loose) else [])]
+    found = [_nifti(path) for path in visible if _is_nifti(path)]
+    for folder in (path for path in visible if path.is_dir() and any(path.iterdir())):
+        found += _dicom(folder, files_below(folder))
+    loose = [path for path in visible if path.is_file() and not _is_nifti(path)]
+    if by_series(loose):
+        found += _dicom(source, loose)
     if not found:
         raise ValueError("restore: expected DICOM or NIfTI images, got none; give the folder of a series")
     return found
 
 
-def _restore_one(source: Path, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
-    if source.name.lower().endswith(NIFTI_SUFFIXES):
-        return _restore_nifti(source, model, output, options)
-    paths = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() and _is_mixed(source) else None
-    paths = paths or (files_below(source) if source.is_dir() else [source])
-    modality = modality_of(paths)
+def _is_nifti(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith(NIFTI_SUFFIXES)
+
+
+def _nifti(path: Path) -> _Input:
+    return _Input(path, path.name[: -len(".nii.gz" if path.name.lower().endswith(".gz") else ".nii")])
+
+
+def _dicom(source: Path, paths: Sequence[Path]) -> list[_Input]:
+    """One input a series; a folder without any is one that will be refused by name."""
+    name = source.stem if source.is_file() else source.name
+    groups = list(by_series(paths).values()) or [list(paths)]
+    if len(groups) == 1:
+        return [_Input(source, name, tuple(paths))]
+    return [_Input(source, f"{name}_{number}", tuple(group)) for number, group in enumerate(groups, 1)]
+
+
+def _restore_one(item: _Input, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
+    if not item.paths:
+        return _restore_nifti(item, model, output, options)
+    modality = modality_of(item.paths)
     task_name = next((name for name, known in MODALITIES.items() if known == modality), None)
     if task_name is None:
         raise ValueError(f"restore: expected modality CT, MR or PT, got {modality or 'none'}; this network knows no other")
     if options.task not in (None, task_name):
         raise ValueError(f"restore: expected a {options.task} series, got modality {modality}; leave --task out")
-    series = read_dicom_files(paths, task_name)
+    series = read_dicom_files(item.paths, task_name)
     task = TASKS[task_name]
     volume = Volume(series.voxels, series.affine, task.unit)
     restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
-    name = source.stem if source.is_file() else source.name
     stacks = {"restored": restored.voxels}
     if options.residual:
         stacks["residual"] = restored.voxels - volume.voxels
     return [
-        *(_write_series(series, voxels, output / f"{name}_{kind}", model.sha256, kind) for kind, voxels in stacks.items()),
-        *_contact_sheet(volume, restored, output / f"{name}_contact.png", options, task),
+        *(_write_series(series, voxels, output / f"{item.name}_{kind}", model.sha256, kind) for kind, voxels in stacks.items()),
+        *_contact_sheet(volume, restored, output / f"{item.name}_contact.png", options, task),
     ]
-
-
-def _is_mixed(folder: Path) -> bool:
-    """Whether a folder holds a series of its own beside sub-folders, which are inputs of their own then."""
-    return any(path.is_dir() for path in folder.iterdir()) and any(path.is_file() for path in folder.iterdir())
 
 
 def _write_series(series: DicomSeries, voxels: np.ndarray, folder: Path, model_hash: str, kind: str) -> Path:
@@ -145,24 +167,24 @@ def _write_series(series: DicomSeries, voxels: np.ndarray, folder: Path, model_h
     return folder
 
 
-def _restore_nifti(source: Path, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
+def _restore_nifti(item: _Input, model: SavedModel, output: Path, options: RestoreOptions) -> list[Path]:
     if options.task is None:
         raise ValueError(
             "restore: expected --task for NIfTI, which does not state its modality, got none; add --task CT, MRI or PET"
         )
     task = TASKS[options.task]
-    suffix = ".nii.gz" if source.name.lower().endswith(".gz") else ".nii"
-    name = source.name[: -len(suffix)]
-    targets = {kind: output / f"{name}_{kind}{suffix}" for kind in ("restored", *(("residual",) if options.residual else ()))}
+    suffix = ".nii.gz" if item.source.name.lower().endswith(".gz") else ".nii"
+    kinds = ("restored", "residual") if options.residual else ("restored",)
+    targets = {kind: output / f"{item.name}_{kind}{suffix}" for kind in kinds}
     if any(target.exists() for target in targets.values()):
         raise ValueError("restore: expected a new output, got one that exists; nothing was overwritten")
-    volume = read_volume(source, task)
+    volume = read_volume(item.source, task)
     restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
     write_nifti(restored, targets["restored"], volume.stored_dtype)
     if options.residual:
         residual = Volume(restored.voxels - volume.voxels, volume.affine, volume.unit)
         write_nifti(residual, targets["residual"], np.float32)
-    return [*targets.values(), *_contact_sheet(volume, restored, output / f"{name}_contact.png", options, task)]
+    return [*targets.values(), *_contact_sheet(volume, restored, output / f"{item.name}_contact.png", options, task)]
 
 
 def restore_volume(model: nn.Module, volume: Volume, task: Task, options: RestoreOptions) -> Volume:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tat_core.data.dicom_read import DicomSeries, Frame
+from tat_core.data.dicom_geometry import Frame, read_text
+from tat_core.data.dicom_read import DicomSeries
 from tat_core.data.dicom_write import copy_of, new_item, new_uid
 
 RESEARCH_USE = "research use"
@@ -22,6 +23,7 @@ _NO_LONGER_TRUE = (
     *("IconImageSequence", "DigitalSignaturesSequence", "MACParametersSequence", "ReferencedImageEvidenceSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "OriginalAttributesSequence", "SourceImageSequence"),
 )
+_NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
 _SUV_GROUP = 0x7053  # Philips' SUV factor: without it counts cannot be turned into SUV
 
 
@@ -69,6 +71,11 @@ def write_derived_series(source: DicomSeries, stack: np.ndarray, folder: Path, d
         raise ValueError(
             f"write_derived_series: expected shape {(slices, rows, columns)}, got {stack.shape}; restore the same series"
         )
+    for frame in source.frames:
+        if missing := [keyword for keyword in _NEEDED if not read_text(frame.dataset, keyword)]:
+            raise ValueError(
+                f"write_derived_series: expected {missing[0]} in the source, got none; a derived image must name its source"
+            )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

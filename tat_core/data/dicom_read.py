@@ -242,6 +242,20 @@ def identifying_elements(path: Path) -> set[str]:
     return found
 
 
+def by_series(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Files grouped by their series; what is no readable DICOM is left out."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        try:
+            series = str(pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID") or "")
+        except OSError:
+            raise
+        except Exception:  # not DICOM, or damaged: reading the series will say so
+            continue
+        groups.setdefault(series, []).append(path)
+    return groups
+
+
 def modality_of(paths: Sequence[Path]) -> str:
     """The modality of the first DICOM image among some files; empty if there is none."""
     for path in paths:

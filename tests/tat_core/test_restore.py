@@ -215,6 +215,7 @@ def edited(folder: Path, **elements: object) -> Path:
         ({"Modality": "US"}, "modality CT, MR or PT"),
         ({"PhotometricInterpretation": "RGB"}, "grey"),
         ({"RescaleIntercept": 1024}, "no air"),
+        ({"StudyInstanceUID": ""}, "StudyInstanceUID"),
     ],
 )
 def test_foreign_images_are_refused(tmp_path: Path, model_file: Path, elements, message: str) -> None:
