@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tat_core.checkpoint import replacing
@@ -44,6 +43,40 @@ class Spooled:
         return {task: s.count / total for task, s in self.stats.items()}
 
 
+class UpdateFile:
+    """Reads single float32 tensors of a safetensors file without mapping it.
+
+    The library maps the whole file, and every page touched then counts as this process's memory for as long as it is open: with
+    64 sites that is 64 models. The format is a length, a JSON header with offsets, and the bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        size = int.from_bytes(self._file.read(8), "little")
+        self._header = json.loads(self._file.read(size))
+        self._start = 8 + size
+
+    def __enter__(self) -> UpdateFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What `spool` wrote beside the tensors."""
+        return dict(self._header["__metadata__"])
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, float32, in its shape."""
+        entry = self._header[key]
+        array = np.empty(entry["shape"], np.float32)
+        self._file.seek(self._start + entry["data_offsets"][0])
+        read = self._file.readinto(array.reshape(-1).view(np.uint8).data)
+        assert read == array.nbytes, "a spooled file is complete before it gets its name"
+        return array
+
+
 def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any], model: str) -> Spooled:
     """Write a reply to the round's folder, durably; once this returns, a crash does not lose it.
 
@@ -65,8 +98,8 @@ def read_spool(folder: Path, model: str) -> dict[str, Spooled]:
     """The replies in a round's folder that belong to the model with this hash, in the order of the sites' names."""
     replies = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata()
+        with UpdateFile(path) as file:
+            metadata = file.metadata
         if metadata["model"] == model:
             stats = metrics_to_stats(json.loads(metadata["metrics"]))
             replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
@@ -104,7 +137,7 @@ def task_means(replies: Mapping[str, Spooled], keys: list[str]) -> Iterator[tupl
     tasks = sorted({task for share in shares.values() for task in share})
     total = {task: sum(shares[site].get(task, 0.0) for site in order) for task in tasks}
     with ExitStack() as stack:
-        files = {site: stack.enter_context(safe_open(replies[site].path, framework="numpy")) for site in order}
+        files = {site: stack.enter_context(UpdateFile(replies[site].path)) for site in order}
         for key in keys:
             owner = owner_of(key)[0]
             means: dict[str, np.ndarray] = {}
@@ -112,7 +145,7 @@ def task_means(replies: Mapping[str, Spooled], keys: list[str]) -> Iterator[tupl
                 concerned = [task for task in shares[site] if owner in (None, task)]
                 if not concerned:
                     continue
-                update = files[site].get_tensor(key)
+                update = files[site].read(key)
                 for task in concerned:
                     part = update * np.float32(replies[site].facts["scale"] * shares[site][task] / total[task])
                     means[task] = means[task] + part if task in means else part

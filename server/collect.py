@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from server.aggregate import Spooled, read_spool, spool
-from server.guard import fault_in, length
+from server.guard import examine, length
 from server.history import SiteHistory, deadline_s, usual_norm
 from server.journal import ServerState, spool_folder
 from server.sites import SiteInfo, Sites
 from tat_core.checkpoint import model_hash
-from tat_core.config import FederationConfig, RunConfig
+from tat_core.config import RunConfig
 from tat_core.packet import Packet
 from tat_core.sharing import for_tasks
 
@@ -84,7 +84,7 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
             name, reply = news
             usual = usual_norm(name, tasks_of[name], state.history, tasks_of)
             longest = federation.refuse_factor * usual if usual else length(instructions[name].arrays)
-            fault = fault_in(
+            fault, norm = examine(
                 reply,
                 instructions[name],
                 tasks=tasks_of[name],
@@ -92,7 +92,7 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
                 longest=longest,
             )
             if fault is None:
-                facts = _facts(reply, seconds, federation, usual)
+                facts = _facts(reply, seconds, norm, federation.clip_factor * usual if usual else norm)
                 replies[name] = spool(place, name, reply, facts, model)
                 records[name] |= {"status": "ok", **facts}
             else:
@@ -111,10 +111,9 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
     return Collected(replies, records, history)
 
 
-def _facts(reply: Packet, seconds: float, federation: FederationConfig, usual: float | None) -> dict[str, float]:
-    norm = length(reply.arrays)
-    scale = min(1.0, federation.clip_factor * usual / norm) if usual and norm else 1.0
-    return {"seconds": seconds, "bytes": sum(value.nbytes for value in reply.arrays.values()), "norm": norm, "scale": scale}
+def _facts(reply: Packet, seconds: float, norm: float, allowed: float) -> dict[str, float]:
+    size = sum(value.nbytes for value in reply.arrays.values())
+    return {"seconds": seconds, "bytes": size, "norm": norm, "scale": min(1.0, allowed / norm) if norm else 1.0}
 
 
 def _has_quorum(replies: Mapping[str, Spooled], tasks_of: Mapping[str, tuple[str, ...]], quorum: int) -> bool:

@@ -10,8 +10,10 @@ import numpy as np
 from tat_core.packet import Packet, metrics_to_stats
 
 
-def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_samples: int, longest: float) -> str | None:
-    """Why a reply must not be aggregated, as a code; None if it may.
+def examine(
+    reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_samples: int, longest: float
+) -> tuple[str | None, float]:
+    """Why a reply must not be aggregated, and how long its update is.
 
     Parameters
     ----------
@@ -24,24 +26,32 @@ def fault_in(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...], max_
         Samples that the site was asked to train on; no count may be above it.
     longest : float
         An update longer than this (L2, over all parameters) is not one of training.
+
+    Returns
+    -------
+    fault : str or None
+        A code; None if the reply may be aggregated.
+    norm : float
+        L2 norm of the update; 0 if the reply was refused before it was computed.
     """
     if reply.error is not None:
-        return reply.error
+        return reply.error, 0.0
     if any(reply.config.get(key) != instruction.config[key] for key in ("round", "base")):
-        return "STALE"
+        return "STALE", 0.0
     if set(reply.arrays) != set(instruction.arrays):
-        return "WRONG_NAMES"
+        return "WRONG_NAMES", 0.0
     for name, value in reply.arrays.items():
         if value.shape != instruction.arrays[name].shape:
-            return "WRONG_SHAPE"
+            return "WRONG_SHAPE", 0.0
         if value.dtype != np.float32:
-            return "WRONG_TYPE"
+            return "WRONG_TYPE", 0.0
+    fault = _fault_in_statistics(reply, tasks, max_samples)
+    if fault is not None:
+        return fault, 0.0
     norm = length(reply.arrays)
     if not math.isfinite(norm):
-        return "NOT_FINITE"
-    if norm > longest:
-        return "ABSURD_LENGTH"
-    return _fault_in_statistics(reply, tasks, max_samples)
+        return "NOT_FINITE", norm
+    return ("ABSURD_LENGTH" if norm > longest else None), norm
 
 
 def length(arrays: Mapping[str, np.ndarray]) -> float:

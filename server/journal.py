@@ -146,6 +146,12 @@ def readmit(folder: Path, state: ServerState) -> ServerState:
     return replace(state, history=history)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files of a coordinator that was killed; nothing ever reads them."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
 def append_record(folder: Path, record: dict[str, Any]) -> None:
     """Add one round's line to rounds.jsonl, durably."""
     with open(folder / "rounds.jsonl", "a", encoding="utf-8") as file:

@@ -70,6 +70,7 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
                 f"resume: expected the configuration that {folder.name} was started with, got another; "
                 "use the same preset and overrides"
             )
+        journal.remove_leftovers(folder)
         state = journal.load_state(folder)
         journal.rewind_record(folder, state.round if state else 0)
         if state is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import good_reply
 
-from server.guard import fault_in
+from server.guard import examine
 from tat_core.packet import Packet
 
 MODEL = {"embed.weight": np.zeros((2, 3), np.float32), "output.weight": np.zeros(4, np.float32)}
@@ -18,7 +18,7 @@ INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc"})
 
 
 def _fault(reply: Packet) -> str | None:
-    return fault_in(reply, INSTRUCTION, tasks=("CT",), max_samples=8, longest=10.0)
+    return examine(reply, INSTRUCTION, tasks=("CT",), max_samples=8, longest=10.0)[0]
 
 
 def _with_array(value: np.ndarray) -> Callable[[Packet], Packet]:
