@@ -90,7 +90,10 @@ def restore_study(source: Path, model_file: Path, output: Path, options: Restore
             results.append(Restored(item.source, tuple(_restore_one(item, model, output, options))))
         except ValueError as error:
             results.append(Restored(item.source, (), str(error)))
-        except Exception as error:  # a full disk, a damaged header that a decoder trips over: the other inputs go on
+        except OSError as error:
+            text = f"restore: expected readable images and free disk space, got {type(error).__name__}; check both"
+            results.append(Restored(item.source, (), text))
+        except Exception as error:  # whatever a damaged header makes a decoder do, the other inputs go on
             text = f"restore: expected a series that can be restored, got {type(error).__name__}; look at this input by itself"
             results.append(Restored(item.source, (), text))
     return results

@@ -38,7 +38,7 @@ def check_command(folder: Folder, as_json: Annotated[bool, AS_JSON] = False, wor
         for finding in report.findings:
             colour = "red" if finding.level == "error" else "yellow"
             texts = finding.case or "(all)", finding.what, finding.why, finding.do
-            table.add_row(f"[{colour}]{finding.level}[/]", *(escape(text) for text in texts))
+            table.add_row(f"[{colour}]{finding.level}[/]", *(escape(_printable(text)) for text in texts))
         console.print(table)
     verdict = ("clean", "usable, with warnings", "has errors")[report.exit_code]
     set_aside = f"; {len(report.quarantine)} cases in quarantine.json" if report.quarantine else ""
@@ -96,7 +96,7 @@ def simulate_command(
 
     failed = simulate_low_quality(folder, _numbers(settings or []), seed, workers)
     for name, reason in failed.items():
-        typer.echo(f"{name}: {reason}", err=True)
+        typer.echo(f"{_printable(name)}: {reason}", err=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -124,6 +124,11 @@ def import_bids_command(
     from tat_core.data.bids import import_bids
 
     typer.echo(import_bids(root, output, task, suffix, seed))
+
+
+def _printable(text: str) -> str:
+    """File names need not be valid Unicode, but a terminal takes nothing else."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _numbers(settings: list[str]) -> dict[str, float]:

@@ -83,6 +83,8 @@ def open_data_set(folder: Path) -> DataSet:
         raise ValueError(
             f"open_data_set: expected unit {task.unit} for {task.name}, got {about.get('unit')!r}; convert the images"
         )
+    if not isinstance(about.get("low_quality", {}), dict):
+        raise ValueError("open_data_set: expected an object as low_quality in dataset.json, got another; see docs/dataset.md")
     listed = read_json(folder / "splits.json", "open_data_set").get("cases")
     if not isinstance(listed, dict):
         raise ValueError("open_data_set: expected cases in splits.json, got none; see docs/dataset.md")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tat_core.data.suv import suv_factor
 
 # Values that break a rule of DICOM are common and harmless here, and warnings about them would print patients' data into logs.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # it would log a traceback for each decoder that it tries
 MAX_VOXELS = 2**28  # 1 GiB in float32: 1024 slices of 512 × 512
 MODALITIES = {"CT": "CT", "MRI": "MR", "PET": "PT"}
 
@@ -248,9 +250,7 @@ def by_series(paths: Sequence[Path]) -> dict[str, list[Path]]:
     for path in paths:
         try:
             series = str(pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"]).get("SeriesInstanceUID") or "")
-        except OSError:
-            raise
-        except Exception:  # not DICOM, or damaged: reading the series will say so
+        except Exception:  # not DICOM, damaged or unreadable: reading the series will say so
             continue
         groups.setdefault(series, []).append(path)
     return groups
@@ -261,9 +261,7 @@ def modality_of(paths: Sequence[Path]) -> str:
     for path in paths:
         try:
             modality = pydicom.dcmread(path, specific_tags=["Modality", "Rows"]).get("Modality")
-        except OSError:
-            raise
-        except Exception:  # not DICOM, or damaged: the next one may tell
+        except Exception:  # not DICOM, damaged or unreadable: the next one may tell
             continue
         if modality:
             return str(modality)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import os
 import re
 import resource
 import time
@@ -17,12 +18,18 @@ from bad_inputs import BAD_INPUTS
 from dicom_samples import write_ct
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from tat_core.checkpoint import arrays_of, save_model
+from tat_core.config import ModelConfig
 from tat_core.data.benchmark_layout import read_pickled_array
 from tat_core.data.check import check
+from tat_core.data.commands import app
 from tat_core.data.dataset import open_data_set
 from tat_core.data.prepared import prepare
 from tat_core.data.volume import Volume, read_volume, write_nifti
+from tat_core.model.tat import build_model
+from tat_core.restore import RestoreOptions, restore_study
 from tat_core.tasks import CT, PET
 
 FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -74,6 +81,34 @@ def test_all_of_them_as_a_data_set_become_rows_not_tracebacks(tmp_path: Path) ->
         prepare(tmp_path / "set")
 
 
+def test_all_of_them_are_refused_by_restore(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    tiny = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, heads=(1, 1, 1, 1), tren_features=4, tren_code=16)
+    save_model(model, arrays_of(build_model(tiny, seed=0)), tiny)
+    for number, (name, make) in enumerate(sorted(BAD_INPUTS.items())):
+        (tmp_path / str(number)).mkdir()
+        source = make(tmp_path / str(number))
+        try:
+            results = restore_study(source, model, tmp_path / "out", RestoreOptions(task="CT"))
+        except ValueError:
+            continue
+        if name == "dicom-two-series":  # two good ones, which restore takes apart
+            continue
+        assert all(re.search(r": expected .*, got .*; ", result.error) for result in results), (name, results)
+        assert not any("look at this input by itself" in result.error for result in results), (name, results)
+
+
+def test_names_that_are_no_unicode(tmp_path: Path) -> None:
+    write_nifti(Volume(np.zeros((4, 4, 2), np.float32), np.eye(4), "HU"), tmp_path / "HQ" / "a.nii.gz")
+    os.rename(tmp_path / "HQ" / "a.nii.gz", os.fsencode(tmp_path / "HQ") + b"/\xff\xfe[red].nii.gz")
+    (tmp_path / "dataset.json").write_text('{"format": 1, "task": "CT", "unit": "HU"}')
+    (tmp_path / "splits.json").write_text('{"format": 1, "cases": {}}')
+    for options in ([], ["--json"]):
+        result = CliRunner().invoke(app, ["check", str(tmp_path), "--workers", "1", *options])
+        assert result.exit_code == 2
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -85,6 +120,7 @@ def test_all_of_them_as_a_data_set_become_rows_not_tracebacks(tmp_path: Path) ->
         ("dataset.json", b'{"format": 1, "task": ["CT"]}'),
         ("dataset.json", b'{"format": 1, "task": "US"}'),
         ("dataset.json", b'{"format": 1, "task": "CT", "unit": "SUV"}'),
+        ("dataset.json", b'{"format": 1, "task": "CT", "unit": "HU", "low_quality": 3}'),
         ("splits.json", b"{}"),
         ("splits.json", b'{"cases": [1, 2]}'),
         ("splits.json", b'{"cases": {"a": 7}}'),
