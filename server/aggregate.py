@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from tat_core.checkpoint import replacing
+from tat_core.checkpoint import save_arrays
 from tat_core.loss import TaskStats
 from tat_core.packet import Packet, metrics_to_stats
 from tat_core.sharing import owner_of
@@ -88,9 +87,7 @@ def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any], mode
     """
     path = folder / f"{site}.safetensors"
     metadata = {"metrics": json.dumps(reply.metrics), "facts": json.dumps(dict(facts)), "model": model}
-    arrays = {name: np.ascontiguousarray(value) for name, value in reply.arrays.items()}
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata=metadata)
+    save_arrays(path, reply.arrays, metadata)
     return Spooled(site, path, metrics_to_stats(reply.metrics), dict(facts))
 
 

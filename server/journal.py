@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import yaml
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from server.history import SiteHistory
 from server.optimise import Moments
 from tat_core.balance import BalanceState
-from tat_core.checkpoint import replacing
+from tat_core.checkpoint import replacing, save_arrays
 from tat_core.config import RunConfig, config_from_dict, config_to_dict
 
 log = logging.getLogger("fed_tat.server")
@@ -94,8 +94,7 @@ def save_state(folder: Path, state: ServerState) -> None:
     """Write the state after a round; the manifest, written last, is what makes it valid. Older states beyond two are removed."""
     journal = folder / "journal"
     arrays = journal / f"{state.round:06d}.safetensors"
-    with replacing(arrays) as temporary:
-        save_file({name: np.ascontiguousarray(value) for name, value in _flat(state).items()}, temporary)
+    save_arrays(arrays, _flat(state))
     manifest = {
         "round": state.round,
         "names": list(state.model),

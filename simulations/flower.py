@@ -15,14 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import server
+from tat_core.environment import QUIET_ENVIRONMENT
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 START_SECONDS = 60.0
 
 
@@ -57,7 +51,7 @@ def simulate(
     with tempfile.TemporaryDirectory(prefix="ft", ignore_cleanup_errors=True) as scratch, open(log_file, "ab") as log:
         environment = {
             **os.environ,
-            **QUIET,
+            **QUIET_ENVIRONMENT,
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": scratch,
             "RAY_TMPDIR": scratch,

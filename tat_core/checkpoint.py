@@ -60,6 +60,22 @@ def replacing(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write arrays as one safetensors file, atomically and durably.
+
+    Raises
+    ------
+    OSError
+        The disk is full or cannot be written; `path` is as it was before.
+    """
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    try:
+        with replacing(path) as temporary:
+            save_file(contiguous, temporary, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"write {path.name}: expected room and permission, got: {error}; free disk space and resume") from None
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -87,9 +103,7 @@ def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig
     """
     digest = model_hash(arrays)
     metadata = {"format": FORMAT, "model": config_to_dict(config), "sha256": digest, "extra": dict(extra or {})}
-    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"fed_tat": json.dumps(metadata, sort_keys=True)})
+    save_arrays(path, arrays, {"fed_tat": json.dumps(metadata, sort_keys=True)})
     return digest
 
 

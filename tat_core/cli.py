@@ -19,14 +19,9 @@ from rich.console import Console
 from rich.traceback import Traceback
 from typer.core import TyperGroup
 
+from tat_core.environment import QUIET_ENVIRONMENT
+
 GROUP = "fed_tat.commands"
-# Nothing that is started from here, Flower and Ray included, may report home or install code while a run goes on.
-QUIET_ENVIRONMENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 class _WithPlugins(TyperGroup):

@@ -1,0 +1,83 @@
+"""A coordinator and hospitals as processes of their own on loopback: `flower-superlink`, `flower-client`, `flwr run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.strategy import run
+from simulations.flower import app_folder
+from simulations.inprocess import LocalSites
+from simulations.processes import no_process_left
+from tat_core.config import load_config
+from tat_core.environment import QUIET_ENVIRONMENT
+
+BINARIES = Path(sys.executable).parent
+
+
+@pytest.mark.slow  # every message starts a process that imports torch
+@pytest.mark.timeout(600)
+def test_three_hospitals_end_in_the_same_bits_as_the_simulation(smoke_hospitals: list[Path], tmp_path: Path) -> None:
+    hospitals = [smoke_hospitals[i] for i in (0, 2, 4)]
+    overrides = ["federation.num_sites=3", f"output_dir={tmp_path / 'deployed'}"]
+    with no_process_left():
+        stopped_cleanly = _deploy(hospitals, overrides, tmp_path)
+    config = load_config("smoke", ["federation.num_sites=3"])
+    run(config, LocalSites(hospitals, config), tmp_path / "alone")
+    logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
+    assert _hashes(tmp_path / "deployed" / "smoke") == _hashes(tmp_path / "alone"), logs
+    assert stopped_cleanly == [0, 0, 0], logs
+
+
+def _deploy(hospitals: list[Path], overrides: list[str], tmp_path: Path) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    home = tmp_path / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    )
+    environment = {**os.environ, **QUIET_ENVIRONMENT, "FLWR_HOME": str(home), "PATH": f"{BINARIES}:{os.environ['PATH']}"}
+
+    def start(name: str, *command: str) -> subprocess.Popen[bytes]:
+        with open(tmp_path / f"{name}.log", "wb") as log:
+            return subprocess.Popen(
+                [str(BINARIES / command[0]), *command[1:]], env=environment, stdout=log, stderr=log, cwd=tmp_path
+            )
+
+    start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+    _wait_for_port(port)
+    clients = [
+        start(folder.name, "flower-client", "--site", str(folder / "site.yaml"), "--superlink", address, "--insecure")
+        for folder in hospitals
+    ]
+    run_config = f'preset="smoke" overrides="{" ".join(overrides)}"'
+    submitted = start("run", "flwr", "run", str(app_folder()), "here", "--stream", "--run-config", run_config)
+    submitted.wait(400)
+    for client in clients:
+        client.send_signal(signal.SIGTERM)
+    return [client.wait(30) for client in clients]
+
+
+def _wait_for_port(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the SuperLink did not open its port")
+
+
+def _hashes(folder: Path) -> list[str]:
+    return [json.loads(line)["model_sha256"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
