@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import RuleSites
+from rule_sites import RuleSites
 
 from server.journal import load_state
 from server.strategy import run

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import good_reply
+from rule_sites import good_reply
 
 from server.guard import examine
 from tat_core.packet import Packet

@@ -8,7 +8,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import RuleSites
+from rule_sites import RuleSites
 
 from server.journal import load_state
 from server.strategy import run
@@ -25,7 +25,7 @@ def _run(config: RunConfig, folder: Path) -> None:
 def test_twenty_kills_and_the_same_bits(config: RunConfig, tmp_path: Path) -> None:
     config = replace(config, num_rounds=60, resume=True)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["server.strategy", "conftest"])
+    context.set_forkserver_preload(["server.strategy", "rule_sites"])
     moment = random.Random(1)
     killed_in = []
     for _ in range(KILLS):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SITES, RuleSites, good_reply
+from rule_sites import SITES, RuleSites, good_reply
 
 from server import journal
 from server.collect import instruct
