@@ -89,7 +89,11 @@ class TAT(nn.Module):
     def pooled_features(self, lq: Tensor) -> Tensor:
         """What TREN keeps of an image, (B, F). Averaged over an image's tiles it serves ``tren.kernels`` for all of them."""
         with self._autocast(lq):
-            return self.tren.pooled(self._encode(_pad(lq))[-1])
+            return self.tren.pooled(self.deepest_features(lq))
+
+    def deepest_features(self, lq: Tensor) -> Tensor:
+        """(B, 1, H, W) → what TREN sees of it, (H/8, W/8, B, 8·dim)."""
+        return self._encode(_pad(lq))[-1]
 
     def _residual(self, padded: Tensor, kernels: Kernels | None) -> Tensor:
         skip1, skip2, skip3, deepest = self._encode(padded)
@@ -133,7 +137,7 @@ def build_model(config: ModelConfig, seed: int) -> TAT:
         torch.manual_seed(seed)
         model = TAT(config)
         if config.kernel_init == "awake":
-            wake(model, model.tren)
+            wake(model, model.tren, model.deepest_features(torch.rand(1, 1, 64, 64)))
     return model
 
 
