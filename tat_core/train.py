@@ -42,7 +42,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def make_optimiser(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW as published (arXiv:2512.14550: β = 0.9, 0.99)."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def train(

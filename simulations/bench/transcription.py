@@ -1,6 +1,7 @@
 """The published TAT, operation by operation, as the yardstick of the benchmark. Written plainly and slow on purpose.
 
-Parameters are a dictionary under the published names; tests hold the result to the golden values. For the benchmark and its tests alone.
+Parameters are a dictionary under the published names; tests hold the result to the golden values. For the benchmark and its
+tests alone.
 """
 
 from __future__ import annotations
