@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from client.site import Site
+from client.state import load_optimiser, save_optimiser
 from tat_core.checkpoint import arrays_of, load_arrays, model_hash
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
@@ -21,7 +22,7 @@ from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import TAT
 from tat_core.packet import Packet, stats_to_metrics
 from tat_core.sharing import owner_of, view
-from tat_core.train import train
+from tat_core.train import make_optimiser, train
 
 log = logging.getLogger("fed_tat.site")
 
@@ -65,6 +66,10 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     tasks = [task for task in config.tasks if task in site.data]
     own = {task: _own(arrays, task) for task in tasks}
     model = _network(config, arrays, tasks[0])
+    optimiser = make_optimiser(model.to(site.device), config.train)
+    run = str(instruction.config["run"])
+    if config.train.keep_optimiser:
+        load_optimiser(site, run, round_number, optimiser)
     result = train(
         model,
         {task: _split(site, task, "train") for task in tasks},
@@ -74,8 +79,11 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         first_step=(round_number - 1) * config.train.local_steps,
         total_steps=config.num_rounds * config.train.local_steps,
         device=site.device,
+        optimiser=optimiser,
         own=own,
     )
+    if config.train.keep_optimiser:
+        save_optimiser(site, run, round_number, optimiser)
     trained = arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in tasks for name, value in own[task].items()}
     update = {key: trained[key] - value for key, value in arrays.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)

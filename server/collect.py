@@ -40,12 +40,12 @@ class Collected:
     history: dict[str, SiteHistory]
 
 
-def instruct(arrays: Mapping[str, Any], number: int, members: Mapping[str, SiteInfo]) -> dict[str, Packet]:
+def instruct(arrays: Mapping[str, Any], run: str, number: int, members: Mapping[str, SiteInfo]) -> dict[str, Packet]:
     """What each site is sent: the shared parameters, its tasks' own, and their hash. Sites of the same tasks share a packet."""
     packets: dict[tuple[str, ...], Packet] = {}
     for tasks in sorted({info.tasks for info in members.values()}):
         chosen = for_tasks(arrays, tasks)
-        packets[tasks] = Packet(chosen, {}, {"round": number, "base": model_hash(chosen)})
+        packets[tasks] = Packet(chosen, {}, {"run": run, "round": number, "base": model_hash(chosen)})
     return {name: packets[info.tasks] for name, info in sorted(members.items())}
 
 
@@ -61,7 +61,7 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
     """
     number, federation = state.round + 1, config.federation
     asked = {name: info for name, info in members.items() if state.strikes_of(name) < federation.max_strikes}
-    instructions = instruct(state.model, number, asked)
+    instructions = instruct(state.model, state.run, number, asked)
     place = spool_folder(folder, number)
     model = model_hash(state.model)
     replies = read_spool(place, model)

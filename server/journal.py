@@ -33,6 +33,8 @@ class ServerState:
 
     Attributes
     ----------
+    run : str
+        32 hexadecimal digits that tell this run from every other, also of its name: sites keep state by it.
     round : int
         The last round completed; 0 before the first.
     model : dict of parameter name to float32 array
@@ -48,6 +50,7 @@ class ServerState:
         That gain: mean over tasks of PSNR(restored) − PSNR(input), in dB.
     """
 
+    run: str
     round: int
     model: dict[str, np.ndarray]
     balance: BalanceState
@@ -96,6 +99,7 @@ def save_state(folder: Path, state: ServerState) -> None:
     arrays = journal / f"{state.round:06d}.safetensors"
     save_arrays(arrays, _flat(state))
     manifest = {
+        "run": state.run,
         "round": state.round,
         "names": list(state.model),
         "sha256": _file_hash(arrays),
@@ -121,6 +125,7 @@ def load_state(folder: Path) -> ServerState | None:
             arrays = load_file(path.with_suffix(".safetensors"))
             gain = manifest["best_gain_db"]
             return ServerState(
+                manifest["run"],
                 manifest["round"],
                 {name: arrays[name] for name in manifest["names"]},
                 BalanceState(**manifest["balance"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -79,7 +80,9 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
     else:
         journal.start_run(folder, config)
     network = arrays_of(build_model(config.model, config.seed))
-    return ServerState(0, give_own(network, config.tasks, config.federation.task_groups), BalanceState())
+    state = ServerState(uuid.uuid4().hex, 0, give_own(network, config.tasks, config.federation.task_groups), BalanceState())
+    journal.save_state(folder, state)  # sites keep state by the run's identity: a resumed run must have the same
+    return state
 
 
 def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo], folder: Path) -> ServerState:
@@ -177,7 +180,7 @@ def evaluate(
 ) -> dict[str, Mapping[str, int | float]]:
     """What the sites report of the model on their validation patients, by site; one that fails is left out."""
     metrics: dict[str, Mapping[str, int | float]] = {}
-    instructions = instruct(state.released, state.round, members)
+    instructions = instruct(state.released, state.run, state.round, members)
     for news in sites.ask("evaluate", instructions, config.federation.round_timeout_s):
         if news is None:
             continue

@@ -91,6 +91,9 @@ class TrainConfig:
     )
     loss: str = setting("balanced", "balanced: L1 weighted by the loss balancer; l1: plain L1.", choices=("balanced", "l1"))
     ema_decay: float = setting(0.999, "Decay per step of the averaged weights; 0 switches them off.", at_least=0.0, below=1.0)
+    keep_optimiser: bool = setting(
+        True, "Sites go on with the optimiser's state of the round before; otherwise every round starts afresh."
+    )
     num_threads: int = setting(1, "CPU threads of one site; part of what makes a run repeat bit for bit.", at_least=1)
 
     def __post_init__(self) -> None:
