@@ -99,7 +99,9 @@ def write_data_set(folder: Path, num_cases: int = 2) -> Path:
         hq = rng.uniform(-160, 240, (20, 24, 2)).astype(np.float32)
         for side, voxels in (("HQ", hq), ("LQ", hq + rng.normal(0, 30, hq.shape).astype(np.float32))):
             write_nifti(Volume(voxels, np.diag([1.0, 1.0, 3.0, 1.0]), CT.unit), folder / side / f"case{number}.nii.gz")
-    (folder / "dataset.json").write_text(json.dumps({"format": 1, "task": "CT", "unit": CT.unit, "low_quality": "test"}))
+    (folder / "dataset.json").write_text(
+        json.dumps({"format": 1, "task": "CT", "unit": CT.unit, "low_quality": {"method": "test"}})
+    )
     cases = {f"case{number}": {"patient": f"p{number}", "split": "test"} for number in range(num_cases)}
     (folder / "splits.json").write_text(json.dumps({"cases": cases}))
     return folder
