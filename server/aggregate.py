@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,35 +43,30 @@ class Spooled:
 
 
 class UpdateFile:
-    """Reads single float32 tensors of a safetensors file without mapping it.
+    """Reads single float32 tensors of a safetensors file, opened anew each time and never mapped.
 
     The library maps the whole file, and every page touched then counts as this process's memory for as long as it is open: with
-    64 sites that is 64 models. The format is a length, a JSON header with offsets, and the bytes.
+    64 sites that is 64 models. Kept open, a thousand sites would run out of file descriptors. The format is a length, a JSON
+    header with offsets, and the bytes.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by __exit__
-        size = int.from_bytes(self._file.read(8), "little")
-        self._header = json.loads(self._file.read(size))
-        self._start = 8 + size
-
-    def __enter__(self) -> UpdateFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What `spool` wrote beside the tensors."""
-        return dict(self._header["__metadata__"])
+        self._path = path
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        self.metadata: dict[str, str] = header.pop("__metadata__")
+        self._places = {
+            sys.intern(key): (8 + size + entry["data_offsets"][0], tuple(entry["shape"])) for key, entry in header.items()
+        }
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, float32, in its shape."""
-        entry = self._header[key]
-        array = np.empty(entry["shape"], np.float32)
-        self._file.seek(self._start + entry["data_offsets"][0])
-        read = self._file.readinto(array.reshape(-1).view(np.uint8).data)
+        offset, shape = self._places[key]
+        array = np.empty(shape, np.float32)
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(offset)
+            read = file.readinto(array.reshape(-1).view(np.uint8).data)
         assert read == array.nbytes, "a spooled file is complete before it gets its name"
         return array
 
@@ -95,8 +90,7 @@ def read_spool(folder: Path, model: str) -> dict[str, Spooled]:
     """The replies in a round's folder that belong to the model with this hash, in the order of the sites' names."""
     replies = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with UpdateFile(path) as file:
-            metadata = file.metadata
+        metadata = UpdateFile(path).metadata
         if metadata["model"] == model:
             stats = metrics_to_stats(json.loads(metadata["metrics"]))
             replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
@@ -133,17 +127,16 @@ def task_means(replies: Mapping[str, Spooled], keys: list[str]) -> Iterator[tupl
     shares = {site: replies[site].task_shares() for site in order}
     tasks = sorted({task for share in shares.values() for task in share})
     total = {task: sum(shares[site].get(task, 0.0) for site in order) for task in tasks}
-    with ExitStack() as stack:
-        files = {site: stack.enter_context(UpdateFile(replies[site].path)) for site in order}
-        for key in keys:
-            owner = owner_of(key)[0]
-            means: dict[str, np.ndarray] = {}
-            for site in order:
-                concerned = [task for task in shares[site] if owner in (None, task)]
-                if not concerned:
-                    continue
-                update = files[site].read(key)
-                for task in concerned:
-                    part = update * np.float32(replies[site].facts["scale"] * shares[site][task] / total[task])
-                    means[task] = means[task] + part if task in means else part
-            yield key, dict(sorted(means.items()))
+    files = {site: UpdateFile(replies[site].path) for site in order}
+    for key in keys:
+        owner = owner_of(key)[0]
+        means: dict[str, np.ndarray] = {}
+        for site in order:
+            concerned = [task for task in shares[site] if owner in (None, task)]
+            if not concerned:
+                continue
+            update = files[site].read(key)
+            for task in concerned:
+                part = update * np.float32(replies[site].facts["scale"] * shares[site][task] / total[task])
+                means[task] = means[task] + part if task in means else part
+        yield key, dict(sorted(means.items()))

@@ -58,6 +58,19 @@ def status(run: RunName, runs: RunsFolder = Path("runs")) -> None:
 
 
 @app.command()
+def readmit(run: RunName, site: Annotated[str, typer.Argument(help="The site's name.")], runs: RunsFolder = Path("runs")) -> None:
+    """Let a site back that was left out after refused replies; it takes part again from the next round."""
+    record = _find(run, runs)
+    known = sorted({name for line in record.rounds for name in line.get("sites", {})})
+    if site not in known:
+        raise ValueError(f"run readmit: expected one of the run's sites ({', '.join(known)}), got {site!r}; choose one of them")
+    requests = record.folder / "readmit"
+    requests.mkdir(exist_ok=True)
+    (requests / site).touch()
+    _print(Text(f"{site} takes part again from the next round"))
+
+
+@app.command()
 def show(
     run: RunName,
     runs: RunsFolder = Path("runs"),

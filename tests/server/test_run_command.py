@@ -113,3 +113,11 @@ def test_a_torn_line_is_named(runs: Path) -> None:
 def test_unknown_run(runs: Path, tmp_path: Path) -> None:
     assert "expected a folder with" in str(tat_run("status", "nobody", "--runs", runs).exception)
     assert "expected runs in" in str(tat_run("list", "--runs", tmp_path / "nowhere").exception)
+
+
+def test_readmit_asks_for_a_known_site(runs: Path) -> None:
+    assert tat_run("readmit", "going", "pet-b", "--runs", runs).exit_code == 0
+    assert (runs / "going" / "readmit" / "pet-b").exists()
+    refused = tat_run("readmit", "going", "../other", "--runs", runs)
+    assert isinstance(refused.exception, ValueError)
+    assert "expected one of the run's sites (ct-a, pet-b)" in str(refused.exception)
