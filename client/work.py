@@ -62,6 +62,9 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Train from the global model for the round's local steps and reply with the update and its statistics."""
     started = time.perf_counter()
     round_number = int(instruction.config["round"])
+    steps = int(instruction.config["steps"])
+    if not 0 < steps <= config.train.local_steps:
+        raise SiteRefusalError("BAD_STEPS", f"{steps} local steps are asked for where the run has {config.train.local_steps}")
     arrays = _verified(instruction)
     tasks = [task for task in config.tasks if task in site.data]
     own = {task: _own(arrays, task) for task in tasks}
@@ -75,7 +78,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         {task: _split(site, task, "train") for task in tasks},
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
-        num_steps=config.train.local_steps,
+        num_steps=steps,
         first_step=(round_number - 1) * config.train.local_steps,
         total_steps=config.num_rounds * config.train.local_steps,
         device=site.device,

@@ -32,6 +32,7 @@ class FlowerSites:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._known: dict[int, tuple[str, SiteInfo]] = {}
+        self._late: set[str] = set()  # messages of the round before that nobody has answered yet
 
     def members(self, config: RunConfig) -> dict[str, SiteInfo]:
         """The sites that are there now; before the first round, wait for the expected number of them.
@@ -61,7 +62,8 @@ class FlowerSites:
         name_of = {node: name for node, (name, _) in self._known.items() if name in instructions}
         packets = {node: instructions[name] for node, name in name_of.items()}
         for news in self._exchange(kind, packets, timeout_s):
-            yield None if news is None else (name_of[news[0]], news[1])
+            if news is None or news[0] in name_of:
+                yield None if news is None else (name_of[news[0]], news[1])
 
     def _introduce(self, node: int, reply: Packet, config: RunConfig) -> None:
         name = str(reply.config.get("site", ""))
@@ -92,15 +94,21 @@ class FlowerSites:
             for node, packet in packets.items()
         ]
         waiting = set(self._grid.push_messages(messages)) if messages else set()
+        late = self._late if kind == "train" else set()
         deadline = time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
-            replies = list(self._grid.pull_messages(waiting))
-            for reply in replies:
-                waiting.discard(reply.metadata.reply_to_message_id)
-                yield reply.metadata.src_node_id, _decode(reply)
-            if not replies:
-                yield None
-                time.sleep(POLL_SECONDS)
+        try:
+            while waiting and time.monotonic() < deadline:
+                replies = list(self._grid.pull_messages(waiting | late))
+                for reply in replies:
+                    waiting.discard(reply.metadata.reply_to_message_id)
+                    late.discard(reply.metadata.reply_to_message_id)
+                    yield reply.metadata.src_node_id, _decode(reply)
+                if not replies:
+                    yield None
+                    time.sleep(POLL_SECONDS)
+        finally:  # also when the caller stops listening
+            if kind == "train":
+                self._late = waiting
 
 
 def _encode(packet: Packet) -> RecordDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,19 +18,22 @@ class SiteHistory:
     ----------
     norms : tuple of float
         Lengths of its accepted updates, oldest first, at most ten.
-    seconds : tuple of float
-        How long it took to reply, likewise.
+    seconds, step_seconds : tuple of float
+        How long it took to reply, in all and divided by its local steps, likewise.
     strikes : int
         Rounds in a row whose reply the guard refused.
     """
 
     norms: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
+    step_seconds: tuple[float, ...] = ()
     strikes: int = 0
 
-    def accepted(self, norm: float, seconds: float) -> SiteHistory:
+    def accepted(self, norm: float, seconds: float, steps: int) -> SiteHistory:
         """After a good reply."""
-        return SiteHistory((*self.norms, norm)[-KEPT:], (*self.seconds, seconds)[-KEPT:], 0)
+        return SiteHistory(
+            (*self.norms, norm)[-KEPT:], (*self.seconds, seconds)[-KEPT:], (*self.step_seconds, seconds / steps)[-KEPT:], 0
+        )
 
     def refused(self) -> SiteHistory:
         """After a reply that the guard refused."""
@@ -60,3 +64,14 @@ def deadline_s(history: Mapping[str, SiteHistory], members: list[str], factor: f
     if len(usual) < len(members):  # somebody new: nobody knows how long it takes
         return longest_s
     return min(longest_s, max(floor_s, factor * max(usual, default=longest_s)))
+
+
+def steps_for(site: str, members: list[str], history: Mapping[str, SiteHistory], local_steps: int) -> int:
+    """Local steps that a site can take in the time that its median fellow needs for all: a quarter of them at least."""
+    rate = {
+        name: statistics.median(history[name].step_seconds) for name in members if name in history and history[name].step_seconds
+    }
+    if site not in rate:
+        return local_steps
+    affordable = round(local_steps * statistics.median(rate.values()) / rate[site])
+    return max(math.ceil(local_steps / 4), min(local_steps, affordable))

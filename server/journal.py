@@ -44,6 +44,8 @@ class ServerState:
     moments : dict of parameter name to Moments
         Of the server's optimiser.
     history : dict of site name to SiteHistory
+    awaited : dict of site name to str
+        Base version that was sent last round to the sites that have not replied: a late reply is told by it.
     best_round : int
         The round whose model had the highest mean gain on the validation patients; 0 if none was scored.
     best_gain_db : float
@@ -57,6 +59,7 @@ class ServerState:
     average: dict[str, np.ndarray] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     history: dict[str, SiteHistory] = field(default_factory=dict)
+    awaited: dict[str, str] = field(default_factory=dict)
     best_round: int = 0
     best_gain_db: float = float("-inf")
 
@@ -104,6 +107,7 @@ def save_state(folder: Path, state: ServerState) -> None:
         "names": list(state.model),
         "sha256": _file_hash(arrays),
         "balance": asdict(state.balance),
+        "awaited": state.awaited,
         "history": {name: asdict(history) for name, history in state.history.items()},
         "best_round": state.best_round,
         "best_gain_db": state.best_gain_db if state.best_round else None,
@@ -132,6 +136,7 @@ def load_state(folder: Path) -> ServerState | None:
                 {name: arrays[AVERAGE + name] for name in manifest["names"] if AVERAGE + name in arrays},
                 {name: Moments(arrays.get(FIRST + name), arrays.get(SECOND + name)) for name in manifest["names"]},
                 {name: _history(fields) for name, fields in manifest["history"].items()},
+                manifest["awaited"],
                 manifest["best_round"],
                 float("-inf") if gain is None else gain,
             )
@@ -204,7 +209,7 @@ def _flat(state: ServerState) -> dict[str, np.ndarray]:
 
 
 def _history(fields: dict[str, Any]) -> SiteHistory:
-    return SiteHistory(tuple(fields["norms"]), tuple(fields["seconds"]), fields["strikes"])
+    return SiteHistory(tuple(fields["norms"]), tuple(fields["seconds"]), tuple(fields["step_seconds"]), fields["strikes"])
 
 
 def _file_hash(path: Path) -> str:

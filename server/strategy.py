@@ -96,7 +96,14 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
     model, moments, geometry = step(state, collected.replies, aggregation_weight, config.federation)
     average = move_average(state.released, model, config.train, number) if config.train.ema_decay else {}
     state = replace(
-        state, round=number, model=model, average=average, moments=moments, balance=balance_state, history=collected.history
+        state,
+        round=number,
+        model=model,
+        average=average,
+        moments=moments,
+        balance=balance_state,
+        history=collected.history,
+        awaited=collected.awaited,
     )
 
     scored = number % config.federation.evaluate_every == 0 or number == config.num_rounds
@@ -180,7 +187,7 @@ def evaluate(
 ) -> dict[str, Mapping[str, int | float]]:
     """What the sites report of the model on their validation patients, by site; one that fails is left out."""
     metrics: dict[str, Mapping[str, int | float]] = {}
-    instructions = instruct(state.released, state.run, state.round, members)
+    instructions = instruct(state.released, state.run, state.round, members, {})
     for news in sites.ask("evaluate", instructions, config.federation.round_timeout_s):
         if news is None:
             continue

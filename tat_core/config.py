@@ -80,6 +80,9 @@ class TrainConfig:
     patch_size: int = setting(128, "Side of a square training patch, in pixels.", at_least=16)
     batch_size: int = setting(4, "Patches in one optimiser step.", at_least=1)
     local_steps: int = setting(100, "Optimiser steps that every site takes in a round, whatever its size.", at_least=1)
+    step_budget: bool = setting(
+        False, "Give a site that is slower than most fewer steps, down to a quarter, and lengthen its update in proportion."
+    )
     lr: float = setting(2e-4, "Learning rate of AdamW at the first step.", above=0.0)
     lr_min: float = setting(1e-7, "Learning rate at the last step of a cosine schedule.", at_least=0.0)
     betas: tuple[float, float] = setting(
@@ -130,6 +133,12 @@ class FederationConfig:
     )
     deadline_floor_s: float = setting(60.0, "A round never closes earlier, unless all have replied; in seconds.", above=0.0)
     quorum_per_task: int = setting(1, "Replies of each task that a round waits for beyond its deadline.", at_least=0)
+    staleness_weight: float = setting(
+        0.0,
+        "Share of a reply that came a round late, if its site has no newer one; 0 drops it.",
+        at_least=0.0,
+        at_most=1.0,
+    )
     clip_factor: float = setting(3.0, "An update longer than this many times the usual length is shortened to it.", at_least=1.0)
     refuse_factor: float = setting(100.0, "An update longer than this many times the usual length is refused.", above=1.0)
     max_strikes: int = setting(3, "Refused replies in a row after which a site is left out until it is readmitted.", at_least=1)

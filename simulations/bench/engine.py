@@ -126,7 +126,7 @@ def _instruction(config: RunConfig) -> Packet:
     from tat_core.model.tat import build_model
 
     arrays = arrays_of(build_model(config.model, 0))
-    return instruct(arrays, "0" * 32, 1, {"site": SiteInfo(("CT",), "11-50")})["site"]
+    return instruct(arrays, "0" * 32, 1, {"site": SiteInfo(("CT",), "11-50")}, {})["site"]
 
 
 def _guard_and_spool(folder: Path, reply: Packet, instruction: Packet) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.history import SiteHistory, deadline_s
+from server.history import SiteHistory, deadline_s, steps_for
 from server.optimise import Moments, advance
 
 
@@ -37,3 +37,9 @@ def test_the_deadline_follows_the_slowest_and_waits_for_the_unknown() -> None:
     assert deadline_s(history, ["a"], 3.0, 60.0, 3600.0) == pytest.approx(60.0)
     assert deadline_s(history, ["a", "b"], 3.0, 60.0, 80.0) == pytest.approx(80.0)
     assert deadline_s(history, ["a", "new"], 3.0, 60.0, 3600.0) == pytest.approx(3600.0)
+
+
+def test_a_slow_site_gets_what_its_median_fellow_has_time_for() -> None:
+    history = {name: SiteHistory(step_seconds=(rate,)) for name, rate in {"a": 1.0, "b": 1.0, "c": 2.0, "d": 50.0}.items()}
+    assert [steps_for(name, list(history), history, 100) for name in history] == [100, 100, 75, 25]
+    assert steps_for("new", [*history, "new"], history, 100) == 100

@@ -28,7 +28,7 @@ def _records(folder: Path) -> list[dict]:
 
 def _updates(model: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     members = {name: SiteInfo(tasks, "1-10") for name, tasks in SITES.items()}
-    return {name: good_reply(name, packet).arrays for name, packet in instruct(model, "0" * 32, 1, members).items()}
+    return {name: good_reply(name, packet).arrays for name, packet in instruct(model, "0" * 32, 1, members, {}).items()}
 
 
 def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tmp_path: Path) -> None:
@@ -263,3 +263,55 @@ def test_server_optimisers_resume_to_the_same_bits(config: RunConfig, tmp_path: 
     assert model_hash(resumed.model) == model_hash(whole.model)
     plain = run(replace(config, federation=replace(federation, server_optimiser="average")), RuleSites(), tmp_path / "plain")
     assert model_hash(plain.model) != model_hash(whole.model)
+
+
+class Straggling(RuleSites):
+    """The reply of b-ct to round 1 comes in round 2, in which it trains nothing else."""
+
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+        number = next(iter(instructions.values())).config["round"]
+        slow = kind == "train" and number in (1, 2)
+        prompt = {name: packet for name, packet in instructions.items() if not (slow and name == "b-ct")}
+        if slow and number == 1:
+            self.kept = good_reply("b-ct", instructions["b-ct"])
+        elif slow and "b-ct" in instructions:
+            yield "b-ct", self.kept
+        yield from super().ask(kind, prompt, timeout_s)
+        while slow:
+            time.sleep(0.02)
+            yield None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_late_reply_counts_as_configured(config: RunConfig, tmp_path: Path, weight: float) -> None:
+    federation = replace(
+        config.federation, staleness_weight=weight, deadline_floor_s=0.1, deadline_factor=1.0, round_timeout_s=0.3
+    )
+    sites = Straggling()
+    state = run(replace(config, num_rounds=2, federation=federation), sites, tmp_path / "run")
+    first, second = (record["sites"]["b-ct"] for record in _records(tmp_path / "run"))
+    assert first["status"] == "NO_REPLY"
+    assert second["status"] == ("late" if weight else "NO_REPLY")
+    assert second.get("scale", weight) == pytest.approx(weight)
+    prompt = run(replace(config, num_rounds=2, federation=federation), Straggling(), tmp_path / "again")
+    assert model_hash(state.model) == model_hash(prompt.model)
+    assert state.awaited.keys() == {"b-ct"}
+
+
+def test_a_slow_site_takes_fewer_steps_and_counts_in_full(config: RunConfig, tmp_path: Path) -> None:
+    train = replace(config.train, local_steps=8, step_budget=True)
+    federation = replace(config.federation, clip_factor=100.0)
+
+    class OneSlow(RuleSites):
+        def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+            for news in super().ask(kind, instructions, timeout_s):
+                if news is not None and news[0] == "d-pet" and kind == "train":
+                    time.sleep(0.5)
+                yield news
+
+    run(replace(config, num_rounds=2, train=train, federation=federation), OneSlow(), tmp_path / "run")
+    first, second = (record["sites"] for record in _records(tmp_path / "run"))
+    assert {facts["steps"] for facts in first.values()} == {8}
+    assert second["d-pet"]["steps"] < 8
+    assert second["d-pet"]["scale"] == pytest.approx(8 / second["d-pet"]["steps"])
+    assert {second[name]["scale"] for name, facts in second.items() if facts["steps"] == 8} == {1.0}

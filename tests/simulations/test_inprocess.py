@@ -64,7 +64,12 @@ def test_training_lowers_the_loss_of_every_hospital(smoke_hospitals: list[Path],
         (task,) = site.data
         model, left = start, []  # the share of the input's error that is left: patches differ, this hardly does
         for number in (1, 2):
-            reply = handle(train_round, site, config, Packet(model, {}, {"run": RUN, "round": number, "base": model_hash(model)}))
+            reply = handle(
+                train_round,
+                site,
+                config,
+                Packet(model, {}, {"run": RUN, "steps": config.train.local_steps, "round": number, "base": model_hash(model)}),
+            )
             assert reply.error is None
             model = {name: value + reply.arrays[name] for name, value in model.items()}
             left.append(reply.metrics[f"{task}.loss_sum"] / reply.metrics[f"{task}.input_sum"])
@@ -75,13 +80,13 @@ def test_only_a_code_leaves_a_site_that_fails(smoke_hospitals: list[Path], confi
     site = load_site(smoke_hospitals[0] / "site.yaml")
     secret = replace(site, data={"CT": tmp_path / "JOHN^DOE" / "missing"})
     base = arrays_of(build_model(config.model, config.seed))
-    instruction = Packet(base, {}, {"run": RUN, "round": 1, "base": model_hash(base)})
+    instruction = Packet(base, {}, {"run": RUN, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)})
     reply = handle(train_round, secret, config, instruction)
     assert set(reply.config) == {"site", "error"}
     assert reply.error in {"BAD_INPUT", "SITE_IO"}
     assert not reply.arrays
     assert "DOE" not in str(reply)
-    tampered = replace(instruction, config={"run": RUN, "round": 1, "base": "0" * 64})
+    tampered = replace(instruction, config={"run": RUN, "steps": config.train.local_steps, "round": 1, "base": "0" * 64})
     assert handle(train_round, site, config, tampered).error == "BASE_MISMATCH"
 
 
@@ -99,7 +104,12 @@ def test_a_site_with_two_tasks_trains_both(smoke_hospitals: list[Path], config: 
     both = replace(ct, data={**ct.data, **pet.data})
     model = for_tasks(give_own(arrays_of(build_model(config.model, 0)), config.tasks, ("adapter",)), ("CT", "PET"))
     config = replace(config, train=replace(config.train, local_steps=8))
-    reply = handle(train_round, both, config, Packet(model, {}, {"run": RUN, "round": 1, "base": model_hash(model)}))
+    reply = handle(
+        train_round,
+        both,
+        config,
+        Packet(model, {}, {"run": RUN, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)}),
+    )
     assert reply.error is None
     assert set(reply.arrays) == set(model)
     assert reply.metrics["CT.count"] + reply.metrics["PET.count"] == 8 * config.train.batch_size
