@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.alone import baseline_round
 from client.site import Site, load_site
 from client.work import describe, evaluate_round, handle, train_round
 from tat_core.config import RunConfig, load_config
@@ -28,6 +29,12 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
     return _answer(train_round, message, context)
+
+
+@app.train("baseline")
+def baseline(message: Message, context: Context) -> Message:
+    """Score the site's own model, trained without the others."""
+    return _answer(baseline_round, message, context)
 
 
 @app.evaluate()

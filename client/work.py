@@ -75,7 +75,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         load_optimiser(site, run, round_number, optimiser)
     result = train(
         model,
-        {task: _split(site, task, "train") for task in tasks},
+        training_splits(site, config),
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
         num_steps=steps,
@@ -100,17 +100,26 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
 def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Score the global model on the site's validation patients; sums and counts are all that leaves."""
     arrays = _verified(instruction)
+    metrics = score_validation(site, config, lambda task: _network(config, arrays, task))
+    return Packet({}, metrics, {"site": site.name, **{key: instruction.config[key] for key in ("round", "base")}})
+
+
+def score_validation(site: Site, config: RunConfig, network_for: Callable[[str], TAT]) -> dict[str, int | float]:
+    """Sums and counts of a model's scores on the validation patients, by task; a task without any is absent."""
     metrics: dict[str, int | float] = {}
     for task in (t for t in config.tasks if t in site.data):
         split = _split(site, task, "validation")
         if len(split):
-            model = _network(config, arrays, task)
-            scores = evaluate_split(
-                model, split, config.evaluate, device=site.device, max_slices=config.evaluate.max_validation_slices
-            )
+            limit = config.evaluate.max_validation_slices
+            scores = evaluate_split(network_for(task), split, config.evaluate, device=site.device, max_slices=limit)
             for arm, score in scores.items():
                 metrics |= {f"{task}.{arm}.{name}": value for name, value in asdict(score).items()}
-    return Packet({}, metrics, {"site": site.name, "round": instruction.config["round"], "base": instruction.config["base"]})
+    return metrics
+
+
+def training_splits(site: Site, config: RunConfig) -> dict[str, PreparedSplit]:
+    """The site's training slices of the run's tasks."""
+    return {task: _split(site, task, "train") for task in config.tasks if task in site.data}
 
 
 def handle(action: Callable[[Site, RunConfig, Packet], Packet], site: Site, config: RunConfig, instruction: Packet) -> Packet:

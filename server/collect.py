@@ -86,6 +86,7 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
         for name, info in sorted(members.items())
     }
     tasks_of = {name: info.tasks for name, info in members.items()}
+    usual = {tasks: usual_norm(tasks, state.history, tasks_of) for tasks in sorted(set(tasks_of.values()))}
     missing = {name: packet for name, packet in instructions.items() if name not in replies}
     deadline = deadline_s(
         state.history, sorted(missing), federation.deadline_factor, federation.deadline_floor_s, federation.round_timeout_s
@@ -97,7 +98,7 @@ def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mappin
             name, reply = news
             is_late = reply.error is None and reply.config.get("round") == state.round and name in state.awaited
             instruction = _of_last_round(name, instructions[name], state) if is_late else instructions[name]
-            fault, facts = _judge(name, reply, instruction, state, tasks_of, config)
+            fault, facts = _judge(reply, instruction, tasks_of[name], usual[tasks_of[name]], config)
             facts |= {"seconds": seconds}
             if fault is not None:
                 log.warning("round %d: the reply of %s is left out: %s", number, name, fault)
@@ -141,12 +142,7 @@ def _of_last_round(name: str, instruction: Packet, state: ServerState) -> Packet
 
 
 def _judge(
-    name: str,
-    reply: Packet,
-    instruction: Packet,
-    state: ServerState,
-    tasks_of: Mapping[str, tuple[str, ...]],
-    config: RunConfig,
+    reply: Packet, instruction: Packet, tasks: tuple[str, ...], usual: float | None, config: RunConfig
 ) -> tuple[str | None, dict[str, Any]]:
     """The guard's verdict, and what the record keeps of the reply.
 
@@ -154,12 +150,11 @@ def _judge(
     """
     steps = int(instruction.config["steps"])
     correction = config.train.local_steps / steps
-    usual = usual_norm(name, tasks_of[name], state.history, tasks_of)
     longest = config.federation.refuse_factor * usual if usual else length(instruction.arrays)
     fault, norm = examine(
         reply,
         instruction,
-        tasks=tasks_of[name],
+        tasks=tasks,
         max_samples=config.train.local_steps * config.train.batch_size,
         longest=longest,
     )

@@ -41,10 +41,10 @@ class SiteHistory:
 
 
 def usual_norm(
-    site: str, tasks: tuple[str, ...], history: Mapping[str, SiteHistory], tasks_of: Mapping[str, tuple[str, ...]]
+    tasks: tuple[str, ...], history: Mapping[str, SiteHistory], tasks_of: Mapping[str, tuple[str, ...]]
 ) -> float | None:
-    """The median length of the last updates of a site and of the other sites of its tasks; None before there are any."""
-    peers = [name for name in sorted(history) if name == site or set(tasks_of.get(name, ())) & set(tasks)]
+    """The median length of the last updates of all sites that have one of these tasks; None before there are any."""
+    peers = [name for name in sorted(history) if set(tasks_of.get(name, ())) & set(tasks)]
     norms = [norm for name in peers for norm in history[name].norms]
     return statistics.median(norms) if norms else None
 

@@ -92,6 +92,39 @@ def show(
         _print(_round_table(record))
 
 
+@app.command()
+def tensorboard(
+    run: RunName,
+    runs: RunsFolder = Path("runs"),
+    output: Annotated[Path, typer.Option("-o", help="New folder.")] = Path("tensorboard"),
+) -> None:
+    """Write a run's curves for TensorBoard (needs `pip install 'fed-tat[tensorboard]'`)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("run tensorboard: expected TensorBoard, got none; pip install 'fed-tat[tensorboard]'") from None
+    record = _find(run, runs)
+    folder = output / record.folder.name
+    if folder.exists():
+        raise ValueError(f"run tensorboard: expected a new folder, got {folder}, which exists; choose another with -o")
+    with SummaryWriter(str(folder)) as writer:
+        for line in record.rounds:
+            for name, value in curves_of(line).items():
+                writer.add_scalar(name, value, line["round"])
+    _print(Text(f"tensorboard --logdir {output}"))
+
+
+def curves_of(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of one round's record that make curves, by TensorBoard's names."""
+    curves = {f"round/{key}": line[key] for key in ("seconds", "update_norm", "mean_gain_db") if line.get(key) is not None}
+    curves |= {f"cosine/{pair}": value for pair, value in line.get("cosines", {}).items()}
+    for task, facts in line.get("tasks", {}).items():
+        curves |= {f"{key}/{task}": facts[key] for key in ("loss", "task_weight", "aggregation_weight") if key in facts}
+        for arm, scores in facts.get("validation", {}).items():
+            curves |= {f"validation {metric}/{task} {arm}": scores[metric] for metric in ("psnr", "ssim", "rmse")}
+    return {name: float(value) for name, value in curves.items()}
+
+
 def _find(run: str, runs: Path) -> RunRecord:
     return read_record(Path(run) if is_run(Path(run)) else runs / run)
 

@@ -17,12 +17,13 @@ from server import journal
 from server.aggregate import Spooled, task_means, total_stats
 from server.collect import collect, instruct
 from server.combine import Geometry, aggregation_weights, combine
+from server.harm import write_comparison
 from server.journal import ServerState
 from server.optimise import Moments, advance
 from server.scores import gain_by_site, mean_gain_db, pool_scores
 from server.sites import SiteInfo, Sites
 from tat_core.balance import BalanceState, balance
-from tat_core.checkpoint import arrays_of, model_hash, save_model
+from tat_core.checkpoint import arrays_of, model_hash, read_model, save_model
 from tat_core.config import FederationConfig, RunConfig, TrainConfig
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
@@ -59,6 +60,10 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
             log.info("sites: %s", ", ".join(f"{name} ({'+'.join(info.tasks)})" for name, info in sorted(members.items())))
         before = members
         state = run_round(journal.readmit(folder, state), config, sites, members, folder)
+    if config.federation.baseline and not (folder / "alone.json").exists():
+        released, members = read_model(folder / "model.safetensors").arrays, sites.members(config)
+        together, alone = (ask_scores(kind, released, state, config, sites, members) for kind in ("evaluate", "train.baseline"))
+        write_comparison(folder, gain_by_site(together, config.tasks), gain_by_site(alone, config.tasks))
     return state
 
 
@@ -107,7 +112,7 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
     )
 
     scored = number % config.federation.evaluate_every == 0 or number == config.num_rounds
-    site_metrics = evaluate(state, config, sites, members) if scored else {}
+    site_metrics = ask_scores("evaluate", state.released, state, config, sites, members) if scored else {}
     validation = pool_scores(site_metrics, config.tasks)
     gain_db = mean_gain_db(validation)
     if gain_db is not None and gain_db > state.best_gain_db:
@@ -182,13 +187,25 @@ def move_average(
     return {name: np.float32(decay) * average[name] + np.float32(1 - decay) * value for name, value in model.items()}
 
 
-def evaluate(
-    state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo]
+def ask_scores(
+    kind: str,
+    arrays: Mapping[str, np.ndarray],
+    state: ServerState,
+    config: RunConfig,
+    sites: Sites,
+    members: Mapping[str, SiteInfo],
 ) -> dict[str, Mapping[str, int | float]]:
-    """What the sites report of the model on their validation patients, by site; one that fails is left out."""
+    """What the sites report of their validation patients, by site; one that fails is left out.
+
+    Parameters
+    ----------
+    kind : str
+        ``evaluate`` scores `arrays`, ``train.baseline`` a model that each site trains alone.
+    arrays, state, config, sites, members
+    """
     metrics: dict[str, Mapping[str, int | float]] = {}
-    instructions = instruct(state.released, state.run, state.round, members, {})
-    for news in sites.ask("evaluate", instructions, config.federation.round_timeout_s):
+    instructions = instruct(arrays, state.run, state.round, members, {})
+    for news in sites.ask(kind, instructions, config.federation.round_timeout_s):
         if news is None:
             continue
         name, reply = news

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from client.alone import train_alone
 from client.site import Site, load_site
-from client.work import name_seed
 from tat_core.checkpoint import arrays_of, read_model, save_model
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import Scores, evaluate_split, restore_image
 from tat_core.model.allocator import tune_allocator
-from tat_core.model.tat import build_model
-from tat_core.train import train
 
 ARMS = ("input", "alone", "together")
 
@@ -41,21 +39,12 @@ class Job:
         return self.run_folder / "alone" / f"{site.name}.safetensors"
 
 
-def train_alone(job: Job) -> str:
-    """Train one hospital's own model: the same start, schedule and number of steps as in the federation."""
+def keep_alone(job: Job) -> str:
+    """Train one hospital's own model and keep it; a resumed run has it already."""
     site, config = _begin(job)
-    model = build_model(config.model, config.seed)
-    rounds = config.num_rounds * config.train.local_steps
-    splits = {task: open_split(prepare(site.data[task]), "train") for task in config.tasks if task in site.data}
-    train(
-        model,
-        splits,
-        config.train,
-        rng=np.random.default_rng([config.seed, name_seed(site.name)]),
-        num_steps=rounds,
-        device=site.device,
-        on_step=_count_step,
-    )
+    if job.alone_file(site).is_file():
+        return site.name
+    model = train_alone(site, config, _count_step)
     job.alone_file(site).parent.mkdir(parents=True, exist_ok=True)
     save_model(job.alone_file(site), arrays_of(model), config.model, {"site": site.name})
     return site.name

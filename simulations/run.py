@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from server.strategy import describe_round
-from simulations.arms import ARMS, Job, in_parallel, score, total_scores, train_alone
+from simulations.arms import ARMS, Job, in_parallel, keep_alone, score, total_scores
 from simulations.flower import simulate
 from simulations.hospitals import build_hospitals
 from simulations.processes import no_process_left
@@ -77,7 +77,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
     with _progress(console) as progress:
         started = time.perf_counter()
         bar = progress.add_task("each hospital alone", total=steps)
-        in_parallel(train_alone, jobs, WORKERS, lambda done: progress.update(bar, completed=done))
+        in_parallel(keep_alone, jobs, WORKERS, lambda done: progress.update(bar, completed=done))
         progress.update(bar, completed=steps)
         seconds["alone"] = time.perf_counter() - started
 

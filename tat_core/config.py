@@ -153,6 +153,9 @@ class FederationConfig:
         choices=("average", "momentum", "adam"),
     )
     server_lr: float = setting(1.0, "Share of the combined update that is applied.", above=0.0)
+    baseline: bool = setting(
+        False, "After the last round every site trains a model of its own once, and the record says who is better off alone."
+    )
     evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from server.strategy import run
@@ -37,7 +40,44 @@ def test_three_hospitals_end_in_the_same_bits_as_the_simulation(smoke_hospitals:
     assert stopped_cleanly == [0, 0, 0], logs
 
 
-def _deploy(hospitals: list[Path], overrides: list[str], tmp_path: Path) -> list[int]:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_hospital_killed_in_mid_round_costs_that_round_and_no_more(smoke_hospitals: list[Path], tmp_path: Path) -> None:
+    hospitals = [smoke_hospitals[i] for i in (0, 2)]
+    overrides = ["federation.num_sites=2", "federation.round_timeout_s=60", "num_rounds=3", f"output_dir={tmp_path / 'deployed'}"]
+    with no_process_left():
+        _deploy(hospitals, overrides, tmp_path, on_poll=_KillOnce("mri-pd", tmp_path / "mri-pd.log"))
+    lines = (tmp_path / "deployed" / "smoke" / "rounds.jsonl").read_text().splitlines()
+    statuses = [{name: facts["status"] for name, facts in json.loads(line)["sites"].items()} for line in lines]
+    logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
+    assert len(statuses) == 3, logs
+    assert all(status["ct-abdomen"] == "ok" for status in statuses), logs
+    assert statuses[0]["mri-pd"] != "ok", logs
+    assert statuses[-1].get("mri-pd") == "ok", logs
+
+
+class _KillOnce:
+    """Kill the process that trains for one hospital when its first training message is there."""
+
+    def __init__(self, hospital: str, log: Path) -> None:
+        self.hospital, self.log, self.done = hospital, log, False
+
+    def __call__(self) -> None:
+        if self.done or "Receiving: train message" not in self.log.read_text():
+            return
+        for process in psutil.process_iter(["cmdline"]):
+            command = " ".join(process.info["cmdline"] or [])
+            if "flwr-clientapp" in command and self._serves(process):
+                process.kill()
+                self.done = True
+
+    def _serves(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return any(self.hospital in " ".join(parent.cmdline()) for parent in process.parents())
+        return False
+
+
+def _deploy(hospitals: list[Path], overrides: list[str], tmp_path: Path, on_poll: Callable[[], None] = lambda: None) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +103,10 @@ def _deploy(hospitals: list[Path], overrides: list[str], tmp_path: Path) -> list
     ]
     run_config = f'preset="smoke" overrides="{" ".join(overrides)}"'
     submitted = start("run", "flwr", "run", str(app_folder()), "here", "--stream", "--run-config", run_config)
-    submitted.wait(400)
+    deadline = time.monotonic() + 500
+    while submitted.poll() is None and time.monotonic() < deadline:
+        on_poll()
+        time.sleep(0.2)
     for client in clients:
         client.send_signal(signal.SIGTERM)
     return [client.wait(30) for client in clients]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from server.run_command import app
@@ -121,3 +122,14 @@ def test_readmit_asks_for_a_known_site(runs: Path) -> None:
     refused = tat_run("readmit", "going", "../other", "--runs", runs)
     assert isinstance(refused.exception, ValueError)
     assert "expected one of the run's sites (ct-a, pet-b)" in str(refused.exception)
+
+
+def test_tensorboard_gets_every_curve(runs: Path, tmp_path: Path) -> None:
+    done = tat_run("tensorboard", "done", "--runs", runs, "-o", tmp_path / "board")
+    assert done.exit_code == 0, done.output
+    events = EventAccumulator(str(tmp_path / "board" / "done")).Reload()
+    assert {"loss/CT", "task_weight/PET", "validation psnr/CT restored", "round/mean_gain_db"} <= set(events.Tags()["scalars"])
+    psnr = events.Scalars("validation psnr/CT restored")
+    assert [(event.step, event.value) for event in psnr] == [(number, pytest.approx(27.0 + number)) for number in (1, 2, 3, 4)]
+    again = tat_run("tensorboard", "done", "--runs", runs, "-o", tmp_path / "board")
+    assert isinstance(again.exception, ValueError)

@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.alone import train_alone
 from client.site import load_site
 from client.work import describe, handle, patient_bucket, train_round
 from server.strategy import run
 from simulations.inprocess import LocalSites
 from tat_core.checkpoint import arrays_of, model_hash, read_model
 from tat_core.config import RunConfig, load_config
+from tat_core.data.prepared import open_split, prepare
+from tat_core.evaluate import evaluate_split
 from tat_core.groups import group_of
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
@@ -115,3 +118,22 @@ def test_a_site_with_two_tasks_trains_both(smoke_hospitals: list[Path], config: 
     assert reply.metrics["CT.count"] + reply.metrics["PET.count"] == 8 * config.train.batch_size
     assert min(reply.metrics["CT.count"], reply.metrics["PET.count"]) > 0
     assert np.abs(reply.arrays["CT:output.weight"] - reply.arrays["PET:output.weight"]).max() > 0
+
+
+def test_the_record_says_who_is_better_off_alone(smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path) -> None:
+    hospitals = [smoke_hospitals[i] for i in (0, 2)]
+    config = replace(config, federation=replace(config.federation, baseline=True))
+    run(config, LocalSites(hospitals, config), tmp_path / "run")
+    sites = json.loads((tmp_path / "run" / "alone.json").read_text())["sites"]
+    assert set(sites) == {folder.name for folder in hospitals}
+    site = load_site(hospitals[0] / "site.yaml")
+    split = open_split(prepare(site.data["CT"]), "validation")
+    scores = evaluate_split(train_alone(site, config), split, config.evaluate, max_slices=config.evaluate.max_validation_slices)
+    gain = scores["restored"].mean()["psnr"] - scores["input"].mean()["psnr"]
+    assert sites[site.name]["alone_gain_db"] == pytest.approx(gain)
+    facts = sites[site.name]
+    assert facts["difference_db"] == pytest.approx(facts["together_gain_db"] - facts["alone_gain_db"])
+    (kept,) = (site.state_dir / "alone").glob("*.json")
+    before = kept.stat().st_mtime_ns
+    run(config, LocalSites(hospitals, config), tmp_path / "again")
+    assert kept.stat().st_mtime_ns == before
