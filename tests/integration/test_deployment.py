@@ -42,18 +42,18 @@ def test_three_hospitals_end_in_the_same_bits_as_the_simulation(smoke_hospitals:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hospital_killed_in_mid_round_costs_that_round_and_no_more(smoke_hospitals: list[Path], tmp_path: Path) -> None:
+def test_a_training_process_killed_in_mid_round_costs_time_and_no_bits(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     hospitals = [smoke_hospitals[i] for i in (0, 2)]
-    overrides = ["federation.num_sites=2", "federation.round_timeout_s=60", "num_rounds=3", f"output_dir={tmp_path / 'deployed'}"]
+    overrides = ["federation.num_sites=2", f"output_dir={tmp_path / 'deployed'}"]
+    kill = _KillOnce("mri-pd", tmp_path / "mri-pd.log")
     with no_process_left():
-        _deploy(hospitals, overrides, tmp_path, on_poll=_KillOnce("mri-pd", tmp_path / "mri-pd.log"))
-    lines = (tmp_path / "deployed" / "smoke" / "rounds.jsonl").read_text().splitlines()
-    statuses = [{name: facts["status"] for name, facts in json.loads(line)["sites"].items()} for line in lines]
+        _deploy(hospitals, overrides, tmp_path, on_poll=kill)
     logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
-    assert len(statuses) == 3, logs
-    assert all(status["ct-abdomen"] == "ok" for status in statuses), logs
-    assert statuses[0]["mri-pd"] != "ok", logs
-    assert statuses[-1].get("mri-pd") == "ok", logs
+    assert kill.done, logs
+    # The SuperNode takes the message up again half a minute later, and the site repeats the round exactly.
+    config = load_config("smoke", ["federation.num_sites=2"])
+    run(config, LocalSites(hospitals, config), tmp_path / "alone")
+    assert _hashes(tmp_path / "deployed" / "smoke") == _hashes(tmp_path / "alone"), logs
 
 
 class _KillOnce:
