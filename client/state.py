@@ -1,4 +1,4 @@
-"""What a site keeps on its own disk between the rounds of a run: the state of its optimiser."""
+"""What a site keeps on its own disk between the rounds of a run: its optimiser's state, and parameters that never leave it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from client.site import Site
-from tat_core.checkpoint import replacing
+from tat_core.checkpoint import replacing, save_arrays
 
 log = logging.getLogger("fed_tat.site")
 
@@ -37,7 +40,30 @@ def save_optimiser(site: Site, run: str, round_number: int, optimiser: torch.opt
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         torch.save(optimiser.state_dict(), temporary)
-    for old in path.parent.glob("*.pt"):
+    _remove_old(path, round_number)
+
+
+def load_own(site: Site, run: str, round_number: int) -> dict[str, np.ndarray]:
+    """The parameters that never leave the site, as after the last round up to this one that it took part in; empty at first."""
+    files = [path for path in _file(site, run, 0).parent.glob("*.safetensors") if int(path.stem) <= round_number]
+    for path in sorted(files, reverse=True):
+        try:
+            return dict(load_file(path))
+        except SafetensorError:
+            log.exception("the site's own parameters of round %s are damaged; the ones before are tried", path.stem)
+    return {}
+
+
+def save_own(site: Site, run: str, round_number: int, arrays: dict[str, np.ndarray]) -> None:
+    """Keep the parameters that never leave the site after a round."""
+    path = _file(site, run, round_number).with_suffix(".safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_arrays(path, arrays)
+    _remove_old(path, round_number)
+
+
+def _remove_old(newest: Path, round_number: int) -> None:
+    for old in newest.parent.glob(f"*{newest.suffix}"):
         if int(old.stem) <= round_number - KEPT_ROUNDS:
             old.unlink()
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from client.site import Site
-from client.state import load_optimiser, save_optimiser
+from client.state import load_optimiser, load_own, save_optimiser, save_own
 from tat_core.checkpoint import arrays_of, load_arrays, model_hash
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import evaluate_split
+from tat_core.groups import group_of
 from tat_core.model.allocator import tune_allocator
-from tat_core.model.tat import TAT
+from tat_core.model.tat import TAT, build_model
 from tat_core.packet import Packet, stats_to_metrics
 from tat_core.sharing import owner_of, view
 from tat_core.train import make_optimiser, train
@@ -68,9 +69,10 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     arrays = _verified(instruction)
     tasks = [task for task in config.tasks if task in site.data]
     own = {task: _own(arrays, task) for task in tasks}
-    model = _network(config, arrays, tasks[0])
-    optimiser = make_optimiser(model.to(site.device), config.train)
     run = str(instruction.config["run"])
+    kept = _kept(site, config, run, round_number - 1)
+    model = _network(config, arrays | kept, tasks[0])
+    optimiser = make_optimiser(model.to(site.device), config.train)
     if config.train.keep_optimiser:
         load_optimiser(site, run, round_number, optimiser)
     result = train(
@@ -84,9 +86,12 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         device=site.device,
         optimiser=optimiser,
         own=own,
+        task_weight={task: float(instruction.config.get(f"{task}.weight", 1.0)) for task in tasks},
     )
     if config.train.keep_optimiser:
         save_optimiser(site, run, round_number, optimiser)
+    if kept:
+        save_own(site, run, round_number, {name: value for name, value in arrays_of(model).items() if name in kept})
     trained = arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in tasks for name, value in own[task].items()}
     update = {key: trained[key] - value for key, value in arrays.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)
@@ -100,6 +105,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
 def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Score the global model on the site's validation patients; sums and counts are all that leaves."""
     arrays = _verified(instruction)
+    arrays = arrays | _kept(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
     metrics = score_validation(site, config, lambda task: _network(config, arrays, task))
     return Packet({}, metrics, {"site": site.name, **{key: instruction.config[key] for key in ("round", "base")}})
 
@@ -161,6 +167,15 @@ def _verified(instruction: Packet) -> dict[str, np.ndarray]:
     if model_hash(instruction.arrays) != instruction.config["base"]:
         raise SiteRefusalError("BASE_MISMATCH", "the model that arrived does not have the hash that the coordinator states")
     return instruction.arrays
+
+
+def _kept(site: Site, config: RunConfig, run: str, round_number: int) -> dict[str, np.ndarray]:
+    """The parameters that never leave the site, as they were after a round."""
+    groups = config.federation.site_groups
+    if not groups:
+        return {}
+    start = arrays_of(build_model(config.model, config.seed))
+    return {name: value for name, value in start.items() if group_of(name) in groups} | load_own(site, run, round_number)
 
 
 def _network(config: RunConfig, arrays: dict[str, np.ndarray], task: str) -> TAT:

@@ -71,8 +71,8 @@ def _fault_in_statistics(reply: Packet, tasks: tuple[str, ...], max_samples: int
         if not isinstance(s.count, int) or not 0 < s.count <= max_samples:
             return "BAD_COUNT"
         # Images are in [0, 1] but the network's output may overshoot: an L1 of 10 is far outside anything that trains.
-        sums = (s.input_sum, s.change_sum, s.loss_sum, s.loss_square_sum)
-        limits = (s.count, 10.0 * s.count, 10.0 * s.count, 100.0 * s.count)
+        sums = (s.input_sum, s.change_sum, s.loss_sum, s.loss_square_sum, s.gradient_sum)
+        limits = (s.count, 10.0 * s.count, 10.0 * s.count, 100.0 * s.count, 1e6 * s.count)
         if not all(math.isfinite(value) and 0 <= value <= limit for value, limit in zip(sums, limits, strict=True)):
             return "BAD_STATISTICS"
     return None

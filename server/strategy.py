@@ -16,15 +16,16 @@ import numpy as np
 from server import journal
 from server.aggregate import Spooled, task_means, total_stats
 from server.collect import collect, instruct
-from server.combine import Geometry, aggregation_weights, combine
+from server.combine import Gram, combine, conflict_averse
 from server.harm import write_comparison
 from server.journal import ServerState
 from server.optimise import Moments, advance
 from server.scores import gain_by_site, mean_gain_db, pool_scores
 from server.sites import SiteInfo, Sites
-from tat_core.balance import BalanceState, balance
+from tat_core.balance import BalanceState, balance, step_shares
 from tat_core.checkpoint import arrays_of, model_hash, read_model, save_model
 from tat_core.config import FederationConfig, RunConfig, TrainConfig
+from tat_core.groups import GROUPS, group_of
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
 from tat_core.sharing import give_own, owner_of
@@ -84,8 +85,9 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
             return state
     else:
         journal.start_run(folder, config)
-    network = arrays_of(build_model(config.model, config.seed))
-    state = ServerState(uuid.uuid4().hex, 0, give_own(network, config.tasks, config.federation.task_groups), BalanceState())
+    network, federation = arrays_of(build_model(config.model, config.seed)), config.federation
+    model = give_own(network, config.tasks, federation.task_groups, federation.site_groups)
+    state = ServerState(uuid.uuid4().hex, 0, model, BalanceState())
     journal.save_state(folder, state)  # sites keep state by the run's identity: a resumed run must have the same
     return state
 
@@ -97,8 +99,9 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
     collected = collect(state, config, sites, members, folder)
     stats = total_stats(collected.replies)
     balance_state, task_weight = balance(state.balance, stats, config.balance)
-    aggregation_weight = aggregation_weights(list(stats))
-    model, moments, geometry = step(state, collected.replies, aggregation_weight, config.federation)
+    aggregation_weight = step_shares(balance_state, task_weight, stats, config.balance)
+    model, moments, grams = step(state, collected.replies, aggregation_weight, config.federation)
+    shared = sum(grams.values(), Gram(aggregation_weight))
     average = move_average(state.released, model, config.train, number) if config.train.ema_decay else {}
     state = replace(
         state,
@@ -127,9 +130,10 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 3),
         "model_sha256": model_hash(state.model),
-        "update_norm": geometry.step_norm,
-        "task_update_norms": geometry.norms(),
-        "cosines": geometry.cosines(),
+        "update_norm": shared.length(aggregation_weight),
+        "task_update_norms": shared.norms(),
+        "cosines": shared.cosines(),
+        "group_cosines": {group: gram.cosines() for group, gram in grams.items()},
         "sites": collected.sites,
         "frozen_tasks": sorted(set(config.tasks) - set(stats)),
         "mean_gain_db": gain_db,
@@ -154,26 +158,43 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
 
 
 def step(
-    state: ServerState, replies: Mapping[str, Spooled], weights: Mapping[str, float], federation: FederationConfig
-) -> tuple[dict[str, np.ndarray], dict[str, Moments], Geometry]:
+    state: ServerState, replies: Mapping[str, Spooled], shares: Mapping[str, float], federation: FederationConfig
+) -> tuple[dict[str, np.ndarray], dict[str, Moments], dict[str, Gram]]:
     """The new model: a pure function of the old state and the round's folder, parameter by parameter.
 
-    What is a task's own follows its sites alone, and stays as it is when none of them reported.
+    What is a task's own follows its sites alone, and stays as it is when none of them reported. Also returns the inner products
+    of the tasks' updates of each group of shared parameters.
     """
-    geometry = Geometry()
+    turns = federation.combination == "conflict_averse"
+    shared = [key for key in state.model if owner_of(key)[0] is None]
+    grams = {group: Gram(shares) for group in GROUPS if any(group_of(key) == group for key in shared)}
+    if turns:
+        for key, means in task_means(replies, shared):
+            grams[group_of(key)].add(means)
+    coefficients = {group: _coefficients(gram, shares, federation) for group, gram in grams.items()}
     model, moments = dict(state.model), dict(state.moments)
     for key, means in task_means(replies, list(state.model)):
         owner = owner_of(key)[0]
         if owner is None:
-            update = combine(means, weights)
-            geometry.add(means, update)
+            group = group_of(key)
+            update = combine(means, coefficients[group])
+            if not turns:
+                grams[group].add(means)
         elif owner in means:
             update = means[owner]
         else:
             continue
         before = moments.get(key, Moments())
         model[key], moments[key] = advance(federation.server_optimiser, model[key], update, before, federation.server_lr)
-    return model, moments, geometry
+    return model, moments, grams
+
+
+def _coefficients(gram: Gram, shares: Mapping[str, float], federation: FederationConfig) -> Mapping[str, float]:
+    if federation.combination == "shares":
+        return shares
+    weights = np.array([shares[task] for task in gram.tasks])
+    turned = conflict_averse(gram.products, weights, federation.conflict_aversion)
+    return dict(zip(gram.tasks, turned.tolist(), strict=True))
 
 
 def move_average(

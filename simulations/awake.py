@@ -1,16 +1,17 @@
-"""Does the hypernetwork matter? `python -m simulations.awake [--seeds 3] [--steps 150]`.
+"""Does the hypernetwork matter? `python -m simulations.awake [--seeds 3] [--steps 600] [--long 3000]`.
 
-Trains the demonstration's small TAT on all six sample hospitals together, once with the published start and once awake, with the
-same patches for both. Writes docs/results/awake.json and awake.svg: the share of the depth-wise kernels that is generated, at
-every tenth step; at the end the gain over the input in the benchmark's PSNR, what is lost of it when every image gets the same
-mean kernels, and how often the task can be read from the generated kernels. About 6 minutes on one CPU core.
+Trains the demonstration's small TAT on the six sample hospitals in turn, one batch of one hospital a step, from three starts: as
+published, awake, and awake with a code of its own for each task; the same patches for all. Writes docs/results/awake.json and
+awake.svg: over the steps the share of the depth-wise kernels that is generated, and what is lost on validation slices when
+every image gets the same mean kernels; at the end the gain over the input on test slices, and how often the task can be read from
+the kernels. The published start also runs for ``--long`` steps once. About 40 minutes on one CPU core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -30,16 +31,23 @@ from tat_core.config import EvaluateConfig, load_config
 from tat_core.data.patches import sample_batch
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import evaluate_split
+from tat_core.groups import TASK_CODE
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.hypernet import Kernels
 from tat_core.model.info import kernel_shares
 from tat_core.model.tat import TAT, build_model
+from tat_core.sharing import start_of
 from tat_core.train import make_optimiser, train
 
-STARTS = ("published", "awake")
-_EVERY = 10
-_PROBES = 40  # batches of four patches from which the task is read
-Splits = dict[str, PreparedSplit]
+STARTS: dict[str, dict[str, Any]] = {
+    "published": {"kernel_init": "published", "task_code": False},
+    "awake": {"kernel_init": "awake", "task_code": False},
+    "awake, task code": {"kernel_init": "awake", "task_code": True},
+}
+_EVERY = 50  # steps between two looks at the kernels
+_PATCHES = 12  # of each hospital, from which the task is read
+Splits = list[tuple[str, PreparedSplit]]
+Own = dict[str, dict[str, Tensor]]
 
 
 class MeanKernels(nn.Module):
@@ -59,92 +67,139 @@ def main() -> None:
     """Run the experiment and write its results."""
     parser = argparse.ArgumentParser(description="Is the hypernetwork awake, and does it matter?")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--long", type=int, default=3000, help="steps of the one long run from the published start")
     parser.add_argument("--hospitals", type=Path, default=Path("data/hospitals-demo"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     options = parser.parse_args()
     tune_allocator()
     torch.set_num_threads(1)
     sites = [load_site(folder / "site.yaml") for folder in build_hospitals(options.hospitals, "demo")]
-    # One hospital per task in each half, so that a batch can hold every task.
-    halves: list[dict[str, Path]] = [{}, {}]
-    for site in sites:
-        for task, folder in site.data.items():
-            halves[task in halves[0]][task] = prepare(folder)
+    stores = [(task, prepare(folder)) for site in sites for task, folder in site.data.items()]
+    wanted = [(start, seed, options.steps) for seed in range(options.seeds) for start in STARTS] + [
+        ("published", 0, options.long)
+    ]
     runs = []
     with Progress() as progress:
-        bar = progress.add_task("training", total=options.seeds * len(STARTS) * options.steps)
-        for seed in range(options.seeds):
-            for start in STARTS:
-                runs.append(one_run(halves, start, seed, options.steps, lambda: progress.advance(bar, _EVERY)))
+        bar = progress.add_task("training", total=sum(steps for *_, steps in wanted))
+        for start, seed, steps in wanted:
+            runs.append(one_run(stores, start, seed, steps, lambda: progress.advance(bar, _EVERY)))
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "awake.json").write_text(json.dumps({"steps": options.steps, "runs": runs}, indent=1) + "\n")
+    (options.output / "awake.json").write_text(json.dumps({"every": _EVERY, "runs": runs}, indent=1) + "\n")
     plot(runs, options.output / "awake.svg")
-    print_table(runs)
+    print_table([run for run in runs if run["steps"] == options.steps])
 
 
-def one_run(halves: list[dict[str, Path]], start: str, seed: int, steps: int, on_progress: Any) -> dict[str, Any]:
-    """Train one model on all hospitals; return its kernel shares over the steps and its scores at the end."""
+def one_run(stores: list[tuple[str, Path]], start: str, seed: int, steps: int, on_progress: Any) -> dict[str, Any]:
+    """Train one model on all hospitals; return its kernels' share over the steps and its scores at the end."""
     config = load_config("demo", [])
-    model = build_model(replace(config.model, kernel_init=start), seed)
+    model = build_model(replace(config.model, **STARTS[start]), seed)
     if start == "published":
         with torch.no_grad():  # the awake start does this too: only the hypernetwork is to differ
             model.output.weight.mul_(0.01)
-    splits = [{task: open_split(folder, "train") for task, folder in half.items()} for half in halves]
-    tests = [{task: open_split(folder, "test") for task, folder in half.items()} for half in halves]
+    opened = {name: [(task, open_split(store, name)) for task, store in stores] for name in ("train", "validation", "test")}
+    own: Own = {}
+    if model.tren.task is not None:
+        zero = model.tren.task.weight.detach().numpy()
+        own = {task: {TASK_CODE: torch.from_numpy(start_of(TASK_CODE, task, zero))} for task, _ in stores}
     rng, optimiser = np.random.default_rng(seed), make_optimiser(model, config.train)
-    probe = sample_batch(splits[0], 6, config.train.patch_size, np.random.default_rng(99)).lq
-    shares = [mean(kernel_shares(model, probe).values())]
-    for first in range(0, steps, _EVERY):
-        half = splits[first // _EVERY % 2]
-        train(model, half, config.train, rng=rng, num_steps=_EVERY, first_step=first, total_steps=steps, optimiser=optimiser)
-        shares.append(mean(kernel_shares(model, probe).values()))
-        on_progress()
+    probe = torch.cat([sample_batch({t: split}, 1, 64, np.random.default_rng(99)).lq for t, split in opened["train"]])
+    turns = _in_turn(len(stores), rng)
+    shares, lost = [mean(kernel_shares(model, probe).values())], [0.0]
+    for step in range(steps):
+        task, split = opened["train"][next(turns)]
+        mine = {task: own[task]} if own else None
+        train(
+            model,
+            {task: split},
+            config.train,
+            rng=rng,
+            num_steps=1,
+            first_step=step,
+            total_steps=steps,
+            optimiser=optimiser,
+            own=mine,
+        )
+        if (step + 1) % _EVERY == 0:
+            shares.append(mean(kernel_shares(model, probe).values()))
+            on_progress()
+        if (step + 1) % (4 * _EVERY) == 0:
+            lost.append(mean(lost_with_mean_kernels(model, own, opened["train"], opened["validation"], config.evaluate).values()))
     model.eval()
-    seen, new = probe_kernels(model, splits, seed=7), probe_kernels(model, tests, seed=8)
-    fixed = MeanKernels(model, mean_kernels(model, splits))
-    gains = gain_over_input(model, tests, config.evaluate)
-    same = gain_over_input(fixed, tests, config.evaluate)
     return {
         "start": start,
         "seed": seed,
+        "steps": steps,
         "share": shares,
-        "gain_db": gains,
-        "lost_with_mean_kernels_db": {task: gains[task] - same[task] for task in gains},
-        "task_read_correctly": nearest_mean_accuracy(seen, new),
+        "lost_on_validation_db": lost,
+        "gain_db": gain_over_input(model, own, opened["test"], config.evaluate),
+        "lost_with_mean_kernels_db": lost_with_mean_kernels(model, own, opened["train"], opened["test"], config.evaluate),
+        "task_read_correctly": nearest_mean_accuracy(
+            probe_kernels(model, own, opened["train"], 7), probe_kernels(model, own, opened["test"], 8)
+        ),
     }
 
 
+def _in_turn(count: int, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        yield from rng.permutation(count)
+
+
 @torch.no_grad()
-def probe_kernels(model: TAT, halves: list[Splits], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Generated kernels of random patches: (N, values) and the patches' tasks (N,)."""
+def set_own(model: TAT, own: Own, task: str) -> None:
+    """Give the model a task's own parameters."""
+    for name, value in own.get(task, {}).items():
+        model.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def probe_kernels(model: TAT, own: Own, splits: Splits, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Generated kernels of random patches, as many of each hospital: (N, values), and the patches' tasks (N,)."""
     rng = np.random.default_rng(seed)
     values: list[np.ndarray] = []
     tasks: list[str] = []
-    for number in range(_PROBES):
-        batch = sample_batch(halves[number % 2], 4, 64, rng)
-        kernels = model.tren.kernels(model.pooled_features(batch.lq))
-        values.append(torch.cat([part.flatten(1) for pair in kernels.values() for part in pair], 1).numpy())
-        tasks += batch.tasks
+    for task, split in splits:
+        if len(split):
+            set_own(model, own, task)
+            kernels = model.tren.kernels(model.pooled_features(sample_batch({task: split}, _PATCHES, 64, rng).lq))
+            values.append(torch.cat([part.flatten(1) for pair in kernels.values() for part in pair], 1).numpy())
+            tasks += [task] * _PATCHES
     return np.concatenate(values), np.array(tasks)
 
 
 @torch.no_grad()
-def mean_kernels(model: TAT, halves: list[Splits]) -> Kernels:
-    """Mean generated kernels, every task weighing the same."""
-    sums: list[Tensor] = []
-    for half in halves:
-        for task, split in half.items():
-            lq = sample_batch({task: split}, 16, 64, np.random.default_rng(5)).lq
-            sums.append(model.pooled_features(lq))
-    parts = [model.tren.kernels(pooled) for pooled in sums]
-    return {
-        level: (
-            torch.stack([part[level][0].mean(0, keepdim=True) for part in parts]).mean(0),
-            torch.stack([part[level][1].mean(0, keepdim=True) for part in parts]).mean(0),
-        )
-        for level in parts[0]
-    }
+def mean_kernels(model: TAT, own: Own, splits: Splits) -> Kernels:
+    """Mean generated kernels, every hospital weighing the same."""
+    parts = []
+    for task, split in splits:
+        set_own(model, own, task)
+        lq = sample_batch({task: split}, _PATCHES, 64, np.random.default_rng(5)).lq
+        parts.append(model.tren.kernels(model.pooled_features(lq)))
+
+    def average(level: str, index: int) -> Tensor:
+        return torch.stack([part[level][index].mean(0, keepdim=True) for part in parts]).mean(0)
+
+    return {level: (average(level, 0), average(level, 1)) for level in parts[0]}
+
+
+def lost_with_mean_kernels(model: TAT, own: Own, seen: Splits, scored: Splits, config: EvaluateConfig) -> dict[str, float]:
+    """Task → PSNR lost when every image gets the same mean kernels, in dB."""
+    gains = gain_over_input(model, own, scored, config)
+    same = gain_over_input(model, own, scored, config, mean_kernels(model, own, seen))
+    return {task: gains[task] - same[task] for task in gains}
+
+
+def gain_over_input(
+    model: TAT, own: Own, splits: Splits, config: EvaluateConfig, kernels: Kernels | None = None
+) -> dict[str, float]:
+    """Task → benchmark PSNR of the restored slices minus that of the inputs, in dB; two slices per hospital."""
+    gains: dict[str, list[float]] = {}
+    for task, split in splits:
+        if len(split):
+            set_own(model, own, task)
+            scores = evaluate_split(model if kernels is None else MeanKernels(model, kernels), split, config, max_slices=2)
+            gains.setdefault(task, []).append(scores["restored"].mean()["psnr"] - scores["input"].mean()["psnr"])
+    return {task: mean(values) for task, values in gains.items()}
 
 
 def nearest_mean_accuracy(seen: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray]) -> float:
@@ -157,30 +212,18 @@ def nearest_mean_accuracy(seen: tuple[np.ndarray, np.ndarray], new: tuple[np.nda
     return float((names[distance.argmin(1)] == new[1]).mean())
 
 
-def gain_over_input(model: nn.Module, halves: list[Splits], config: EvaluateConfig) -> dict[str, float]:
-    """Task → benchmark PSNR of the restored test slices minus that of the inputs, in dB; two slices per hospital."""
-    gains: dict[str, list[float]] = {}
-    for half in halves:
-        for task, split in half.items():
-            scores = evaluate_split(model, split, config, max_slices=2)
-            restored, given = scores["restored"].mean(), scores["input"].mean()
-            gains.setdefault(task, []).append(float(restored["psnr"] - given["psnr"]))
-    return {task: mean(values) for task, values in gains.items()}
-
-
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the generated kernels' share over the steps, one line a run."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    """Draw the generated kernels' share, and what is lost without their differences, over the steps; one line a run."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 5.5), layout="constrained", sharex=True)
+    colours = dict(zip(STARTS, ("C0", "C1", "C2"), strict=True))
     for run in runs:
-        colour, label = ("C0", "published start") if run["start"] == "published" else ("C1", "awake start")
-        axes.semilogy(
-            np.arange(len(run["share"])) * _EVERY,
-            np.maximum(run["share"], 1e-10),
-            colour,
-            label=label if run["seed"] == 0 else None,
-        )
-    axes.set(xlabel="training step", ylabel="generated share of the kernels' norm", title="Is the hypernetwork awake?")
-    axes.legend()
+        label = run["start"] if run["seed"] == 0 and run["steps"] == runs[0]["steps"] else None
+        steps = np.arange(len(run["share"])) * _EVERY
+        above.semilogy(steps, np.maximum(run["share"], 1e-10), colours[run["start"]], label=label)
+        below.plot(np.arange(len(run["lost_on_validation_db"])) * 4 * _EVERY, run["lost_on_validation_db"], colours[run["start"]])
+    above.set(ylabel="generated share of the kernels' norm", title="Is the hypernetwork awake?")
+    below.set(xlabel="training step", ylabel="lost with the same mean\nkernels for all images, dB")
+    above.legend()
     figure.savefig(path)
     plt.close(figure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from client.alone import baseline_round
@@ -23,10 +24,14 @@ class LocalSites:
     folders : sequence of Path
         Site folders, each with its ``site.yaml``.
     config : RunConfig
+    device : str, optional
+        Where all of them train, instead of what their files say.
     """
 
-    def __init__(self, folders: Sequence[Path], config: RunConfig) -> None:
+    def __init__(self, folders: Sequence[Path], config: RunConfig, device: str | None = None) -> None:
         sites = [load_site(folder / "site.yaml") for folder in folders]
+        if device is not None:
+            sites = [replace(site, device=device) for site in sites]
         self._sites: dict[str, Site] = {site.name: site for site in sites}
         self._config = config
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tat_core.config import ModelConfig, config_from_dict, config_to_dict
+from tat_core.groups import group_of
 from tat_core.model.tat import TAT
 from tat_core.sharing import view
 
@@ -127,6 +128,11 @@ class SavedModel:
         """The hash of the parameters."""
         return str(self.metadata["sha256"])
 
+    @property
+    def config(self) -> ModelConfig:
+        """What builds the network."""
+        return config_from_dict(self.metadata["model"], ModelConfig)
+
     def network(self, task: str | None = None) -> TAT:
         """Build the network for a task, in evaluation mode.
 
@@ -140,9 +146,16 @@ class SavedModel:
         ValueError
             The parameters do not fit the configuration, or there are none for the task.
         """
-        model = TAT(config_from_dict(self.metadata["model"], ModelConfig))
+        model, arrays = TAT(self.config), view(self.arrays, task)
+        names = list(model.state_dict())
+        left_out = {group_of(name) for name in names if name not in arrays} - {group_of(name) for name in names if name in arrays}
+        if left_out:
+            raise ValueError(
+                f"load model: expected every parameter, got none of the {', '.join(sorted(left_out))}, kept by each site; "
+                "train yours with `tat adapt --groups`"
+            )
         try:
-            load_arrays(model, view(self.arrays, task))
+            load_arrays(model, arrays)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
             raise ValueError(

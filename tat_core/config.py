@@ -56,6 +56,9 @@ class ModelConfig:
         "published: generated kernels start with zero weight; awake: they matter from the first step.",
         choices=("published", "awake"),
     )
+    task_code: bool = setting(
+        False, "TREN also gets a vector that each task learns of its own (with adapter among federation.task_groups)."
+    )
     precision: str = setting(
         "fp32",
         "fp32: exact; bf16: most matrix products in bfloat16, about twice as fast where the processor has it.",
@@ -67,6 +70,7 @@ class ModelConfig:
         validate(self)
 
     def relations(self) -> Relations:
+        yield "task_code", "false unless model.kernel_init is awake", not self.task_code or self.kernel_init == "awake"
         yield "dim", "even (TREN sees dim / 2 channels)", self.dim % 2 == 0
         for level, heads in enumerate(self.heads):
             channels = self.dim * 2**level
@@ -94,6 +98,9 @@ class TrainConfig:
     )
     loss: str = setting("balanced", "balanced: L1 weighted by the loss balancer; l1: plain L1.", choices=("balanced", "l1"))
     ema_decay: float = setting(0.999, "Decay per step of the averaged weights; 0 switches them off.", at_least=0.0, below=1.0)
+    proximal: float = setting(
+        0.0, "FedProx: how strongly local steps are pulled back to the round's model; 0 does not pull.", at_least=0.0
+    )
     keep_optimiser: bool = setting(
         True, "Sites go on with the optimiser's state of the round before; otherwise every round starts afresh."
     )
@@ -112,10 +119,11 @@ class BalanceConfig:
 
     kind: str = setting(
         "closed_form",
-        "closed_form: the optimum of the published balancer; equal; count: by number of samples.",
-        choices=("closed_form", "equal", "count"),
+        "published: the published balancer's network; closed_form: its optimum; famo: FAMO; equal; count: by number of samples.",
+        choices=("published", "closed_form", "famo", "equal", "count"),
     )
-    smoothing: float = setting(0.5, "Share of the previous round's weight that is kept.", at_least=0.0, below=1.0)
+    smoothing: float = setting(0.5, "Share of the statistics of the rounds before that is kept.", at_least=0.0, below=1.0)
+    warmup_rounds: int = setting(5, "Rounds over which shares move from equal ones to the balancer's.", at_least=0)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -147,6 +155,19 @@ class FederationConfig:
         "Parameter groups that every task has of its own, averaged over its sites alone; the others are shared by all.",
         choices=GROUPS,
     )
+    site_groups: tuple[str, ...] = setting(
+        (),
+        "Parameter groups that every site has of its own: they never leave it, and the released model lacks them.",
+        choices=GROUPS,
+    )
+    combination: str = setting(
+        "shares",
+        "shares: weighted mean of the tasks' updates; conflict_averse: CAGrad, turned so that the worst-served task gains too.",
+        choices=("shares", "conflict_averse"),
+    )
+    conflict_aversion: float = setting(
+        0.4, "How far from the weighted mean a conflict-averse step may lie, as a share of its length.", at_least=0.0, below=1.0
+    )
     server_optimiser: str = setting(
         "average",
         "average: move by the combined update; momentum: FedAvgM; adam: FedAdam.",
@@ -160,6 +181,9 @@ class FederationConfig:
 
     def __post_init__(self) -> None:
         validate(self)
+
+    def relations(self) -> Relations:
+        yield "site_groups", "none of federation.task_groups", not set(self.site_groups) & set(self.task_groups)
 
 
 @dataclass(frozen=True)

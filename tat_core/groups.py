@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 
 GROUPS = ("backbone", "hypernetwork", "adapter")
+TASK_CODE = "tren.task.weight"
 
 _BLOCK = r"(?:(?:encoder|decoder)[1-3]|latent|refinement)\.\d+\."
 _PATTERNS = (
     (r"tren\.(?:entry|residual\.\d+\.(?:first|second)|trunk\.\d+)\.(?:weight|bias)", "hypernetwork"),
     (r"tren\.(?:mlp\.\d+|(?:attention|feed_forward)\.(?:level[1-3]|latent))\.weight", "hypernetwork"),
+    (re.escape(TASK_CODE), "adapter"),
     (_BLOCK + r"(?:attention|feed_forward)_norm\.(?:weight|bias)", "adapter"),
     (_BLOCK + r"(?:attention|feed_forward)\.depthwise\.gate", "adapter"),
     (_BLOCK + r"attention\.temperature\.weight", "adapter"),

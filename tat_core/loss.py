@@ -22,6 +22,8 @@ class TaskStats:
         Σ L1(lq, hq), Σ L1(lq, restored), Σ L1(restored, hq); each term is in [0, 1].
     loss_square_sum : float
         Σ L1(restored, hq)².
+    gradient_sum : float
+        Σ over the samples of the L2 norm of their batch's gradient of the mean L1.
     """
 
     count: int = 0
@@ -29,6 +31,7 @@ class TaskStats:
     change_sum: float = 0.0
     loss_sum: float = 0.0
     loss_square_sum: float = 0.0
+    gradient_sum: float = 0.0
 
     def __add__(self, other: TaskStats) -> TaskStats:
         return TaskStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -37,6 +40,11 @@ class TaskStats:
     def mean_loss(self) -> float:
         """Mean L1(restored, hq) of the samples seen."""
         return self.loss_sum / self.count
+
+    @property
+    def mean_gradient(self) -> float:
+        """Mean norm of the gradient of the mean L1, over the samples seen."""
+        return self.gradient_sum / self.count
 
     @property
     def mean_input(self) -> float:
@@ -81,23 +89,20 @@ def balanced_loss(loss: torch.Tensor, square_weight: torch.Tensor) -> torch.Tens
     return (0.5 / (square_weight + EPSILON) * loss + 0.5 * torch.log(1 + square_weight)).mean()
 
 
-def count_by_task(
-    tasks: Sequence[str], lq: torch.Tensor, restored: torch.Tensor, hq: torch.Tensor, loss: torch.Tensor
-) -> dict[str, TaskStats]:
+def count_by_task(tasks: Sequence[str], three: torch.Tensor, gradient_norm: float = 0.0) -> dict[str, TaskStats]:
     """Statistics of one batch, by task.
 
     Parameters
     ----------
     tasks : sequence of str, length B
-    lq, restored, hq : torch.Tensor, shape (B, 1, H, W)
-    loss : torch.Tensor, shape (B,)
-        L1(restored, hq), which the training step has computed already.
+    three : torch.Tensor, shape (B, 3)
+        L1(lq, hq), L1(lq, restored), L1(restored, hq) of each sample, detached.
+    gradient_norm : float
+        L2 norm of the gradient of the batch's mean L1. In a batch of several tasks no task's own is known: all count it.
     """
-    with torch.no_grad():
-        columns = zip(per_sample_l1(lq, hq).tolist(), per_sample_l1(lq, restored).tolist(), loss.tolist(), strict=True)
     stats: dict[str, TaskStats] = {}
-    for task, (input_l1, change, value) in zip(tasks, columns, strict=True):
-        stats[task] = stats.get(task, TaskStats()) + TaskStats(1, input_l1, change, value, value * value)
+    for task, (given, change, loss) in zip(tasks, three.tolist(), strict=True):
+        stats[task] = stats.get(task, TaskStats()) + TaskStats(1, given, change, loss, loss * loss, gradient_norm)
     return stats
 
 

@@ -5,11 +5,12 @@ The arrays of a federated model are one flat mapping: a shared parameter under i
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from tat_core.groups import group_of
+from tat_core.groups import TASK_CODE, group_of
 
 
 def owner_of(key: str) -> tuple[str | None, str]:
@@ -18,23 +19,37 @@ def owner_of(key: str) -> tuple[str | None, str]:
     return (task, name) if separator else (None, key)
 
 
-def give_own(arrays: Mapping[str, np.ndarray], tasks: Collection[str], groups: Collection[str]) -> dict[str, np.ndarray]:
-    """Turn a network's arrays into a federated model's: every task gets its own copy of the parameters in `groups`.
+def give_own(
+    arrays: Mapping[str, np.ndarray], tasks: Collection[str], task_groups: Collection[str], site_groups: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Turn a network's arrays into a federated model's.
 
     Parameters
     ----------
     arrays : mapping of parameter name to array
     tasks : collection of str
-    groups : collection of str
-        Of ``backbone``, ``hypernetwork``, ``adapter``; see `tat_core.groups`.
+    task_groups, site_groups : collections of str
+        Groups (`tat_core.groups`) of which every task gets a copy of its own, and groups that are left out, since every site has
+        its own.
     """
     model: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
-        if group_of(name) in groups:
-            model |= {f"{task}:{name}": value.copy() for task in tasks}
-        else:
+        group = group_of(name)
+        if group in task_groups:
+            model |= {f"{task}:{name}": start_of(name, task, value) for task in tasks}
+        elif group not in site_groups:
             model[name] = value
     return model
+
+
+def start_of(name: str, task: str, value: np.ndarray) -> np.ndarray:
+    """What a task's own parameter starts as: a copy, but of the task's code a random vector that is the same in every run.
+
+    Tasks whose codes start alike would have to learn to differ; tasks that start apart have kernels of their own at once.
+    """
+    if name != TASK_CODE:
+        return value.copy()
+    return np.random.default_rng(zlib.crc32(task.encode())).standard_normal(value.shape).astype(np.float32)
 
 
 def for_tasks(model: Mapping[str, np.ndarray], tasks: Collection[str]) -> dict[str, np.ndarray]:

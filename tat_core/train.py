@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from tat_core.config import TrainConfig
 from tat_core.data.patches import sample_batch
 from tat_core.data.prepared import PreparedSplit
-from tat_core.loss import TaskStats, add_stats, balanced_loss, count_by_task, optimal_square_weight, per_sample_l1
+from tat_core.loss import EPSILON, TaskStats, add_stats, balanced_loss, count_by_task, optimal_square_weight, per_sample_l1
+from tat_core.model.weight_net import WeightNet
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def make_optimiser(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW as published (arXiv:2512.14550: β = 0.9, 0.99)."""
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def train(
@@ -57,6 +59,8 @@ def train(
     device: str = "cpu",
     optimiser: torch.optim.Optimizer | None = None,
     own: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    task_weight: Mapping[str, float] | None = None,
+    weight_net: WeightNet | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a model in place for a fixed number of steps.
@@ -77,6 +81,12 @@ def train(
         To go on with its state; a fresh AdamW otherwise.
     own : mapping of task name to (parameter name to tensor), optional
         Parameters that each task has of its own, updated in place. A batch is then of one task, drawn uniformly.
+    task_weight : mapping of task name to float, optional
+        Factor of each sample's loss by its task, where ``train.loss`` is l1; 1 where absent. It matters at sites with several
+        tasks alone: Adam does not see a factor that all samples share.
+    weight_net : WeightNet, optional
+        The published balancer's network, for ``train.loss`` balanced: trained along with the model if the optimiser has its
+        parameters. Without it, the closed form of its optimum.
     on_step : callable, optional
         Called with the number of steps done.
 
@@ -88,6 +98,7 @@ def train(
     total = total_steps if total_steps is not None else first_step + num_steps
     optimiser = optimiser or make_optimiser(model, config)
     model.to(device).train()
+    anchors = _anchors(model, own or {}) if config.proximal else []
     stats: dict[str, TaskStats] = {}
     started = time.perf_counter()
     for done in range(num_steps):
@@ -102,12 +113,17 @@ def train(
         lq, hq = batch.lq.to(device), batch.hq.to(device)
         restored = model(lq)
         loss = per_sample_l1(restored, hq)
-        objective = loss.mean() if config.loss == "l1" else balanced_loss(loss, optimal_square_weight(loss.detach()))
+        three = torch.stack((per_sample_l1(lq, hq), per_sample_l1(lq, restored.detach()), loss.detach()), 1)
+        objective, factor = _objective(loss, three, batch.tasks, config, task_weight or {}, weight_net)
         optimiser.zero_grad(set_to_none=True)
         objective.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        for parameter, anchor in anchors:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal)
         optimiser.step()
         _copy(task_own, {name: model.get_parameter(name) for name in task_own})
-        stats = add_stats(stats, count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach()))
+        stats = add_stats(stats, count_by_task(batch.tasks, three, float(norm) / factor))
         if not all(math.isfinite(s.loss_sum) for s in stats.values()):
             raise ValueError(
                 f"train: expected a finite loss, got {objective.item()} at step {first_step + done}; "
@@ -116,6 +132,30 @@ def train(
         if on_step is not None:
             on_step(done + 1)
     return TrainResult(stats, num_steps, time.perf_counter() - started)
+
+
+def _objective(
+    loss: torch.Tensor,
+    stats: torch.Tensor,
+    tasks: Sequence[str],
+    config: TrainConfig,
+    task_weight: Mapping[str, float],
+    weight_net: WeightNet | None,
+) -> tuple[torch.Tensor, float]:
+    """What a step minimises, and the mean factor that it puts on the samples' losses."""
+    if config.loss == "l1":
+        weights = loss.new_tensor([task_weight.get(task, 1.0) for task in tasks])
+        return (weights * loss).mean(), float(weights.mean())
+    square = optimal_square_weight(loss.detach()) if weight_net is None else weight_net(stats).square()
+    return balanced_loss(loss, square), float((0.5 / (square.detach() + EPSILON)).mean())
+
+
+def _anchors(
+    model: torch.nn.Module, own: Mapping[str, Mapping[str, torch.Tensor]]
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """The shared parameters, and copies of them as they are now."""
+    names = {name for values in own.values() for name in values}
+    return [(p, p.detach().clone()) for name, p in model.named_parameters() if name not in names]
 
 
 @torch.no_grad()

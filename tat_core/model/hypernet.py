@@ -27,6 +27,18 @@ class ResidualConv(nn.Module):
         return x + self.second(F.gelu(self.first(x)))
 
 
+class TaskCode(nn.Module):
+    """Add a task's own vector to every image's code. A leaf of its own, for gradients per sample."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(code))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """(B, C) → same."""
+        return code + self.weight
+
+
 class Tren(nn.Module):
     """Task representation network: one code per image, and from it every adaptive level's kernels.
 
@@ -42,11 +54,17 @@ class Tren(nn.Module):
         Level → channels of the attention's and the feed-forward's depth-wise convolution.
     normalise : bool
         Bring the code to zero mean and unit variance, so that the kernels' scale does not depend on the trunk's.
+    task_code : bool
+        Add a vector that each task learns of its own: from images alone the codes of all tasks come out nearly parallel
+        (docs/results/awake.md).
     """
 
-    def __init__(self, in_channels: int, features: int, code: int, widths: dict[str, tuple[int, int]], normalise: bool) -> None:
+    def __init__(
+        self, in_channels: int, features: int, code: int, widths: dict[str, tuple[int, int]], normalise: bool, task_code: bool
+    ) -> None:
         super().__init__()
         self.normalise = normalise
+        self.task = TaskCode(code) if task_code else None
         self.entry = conv3x3(in_channels // 16, features, bias=True)
         self.residual = nn.ModuleList(ResidualConv(features) for _ in range(2))
         self.trunk = nn.ModuleList(
@@ -73,6 +91,8 @@ class Tren(nn.Module):
             code = F.gelu(layer(code))
         if self.normalise:
             code = F.layer_norm(code, code.shape[-1:])
+        if self.task is not None:
+            code = F.layer_norm(self.task(code), code.shape[-1:])
         return {name: (_as_kernels(self.attention[name], code), _as_kernels(self.feed_forward[name], code)) for name in LEVELS}
 
     def forward(self, deepest: Tensor) -> Kernels:

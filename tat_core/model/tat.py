@@ -59,7 +59,8 @@ class TAT(nn.Module):
             name: (3 * factor * dim, 2 * int(factor * dim * config.ffn_expansion))
             for name, factor in (("level1", 2), ("level2", 2), ("level3", 4), ("latent", 8))
         }
-        self.tren = Tren(8 * dim, config.tren_features, config.tren_code, widths, normalise=config.kernel_init == "awake")
+        awake = config.kernel_init == "awake"
+        self.tren = Tren(8 * dim, config.tren_features, config.tren_code, widths, normalise=awake, task_code=config.task_code)
 
     def forward(self, lq: Tensor, kernels: Kernels | None = None) -> Tensor:
         """Restore a batch of images.

@@ -57,6 +57,7 @@ def good_reply(name: str, instruction: Packet) -> Packet:
             f"{task}.input_sum": 0.1 * count,
             f"{task}.change_sum": 0.05 * count,
             f"{task}.loss_sum": loss * count,
+            f"{task}.gradient_sum": 1.0 * count,
             f"{task}.loss_square_sum": loss * loss * count,
         }
     return Packet(arrays, metrics, {"site": name, "round": number, "base": instruction.config["base"]})

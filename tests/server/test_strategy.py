@@ -17,7 +17,8 @@ from server.collect import instruct
 from server.sites import SiteInfo
 from server.strategy import begin, run
 from tat_core.checkpoint import model_hash, read_model
-from tat_core.config import RunConfig
+from tat_core.config import BalanceConfig, RunConfig
+from tat_core.groups import group_of
 from tat_core.packet import Packet
 from tat_core.sharing import owner_of
 
@@ -32,7 +33,7 @@ def _updates(model: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tmp_path: Path) -> None:
-    config = replace(config, num_rounds=1)
+    config = replace(config, num_rounds=1, balance=BalanceConfig(kind="equal"))
     before = begin(config, tmp_path / "reference").model
     updates = _updates(before)
     state = run(config, RuleSites(), tmp_path / "run")
@@ -45,6 +46,40 @@ def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tm
         owner = owner_of(key)[0]
         step = means[owner](key) if owner else sum(mean(key) for mean in means.values()) / 3
         np.testing.assert_allclose(state.model[key], value + step, rtol=1e-5, atol=1e-7)
+
+
+def test_the_balancers_weight_changes_the_combined_step(config: RunConfig, tmp_path: Path) -> None:
+    """A weight that a one-task site cannot feel (tests/tat_core/test_balance.py) moves the shared parameters here."""
+    config = replace(config, num_rounds=1)
+    models = {}
+    for kind in ("equal", "closed_form"):
+        some = replace(config, balance=BalanceConfig(kind=kind, warmup_rounds=0))
+        models[kind] = run(some, RuleSites(), tmp_path / kind).model
+        shares = [task["aggregation_weight"] for task in _records(tmp_path / kind)[0]["tasks"].values()]
+        assert sum(shares) == pytest.approx(1.0)
+        assert (len(set(shares)) == 1) == (kind == "equal")
+    assert not np.allclose(models["equal"]["embed.weight"], models["closed_form"]["embed.weight"], rtol=1e-6, atol=0)
+    assert np.array_equal(models["equal"]["CT:output.weight"], models["closed_form"]["CT:output.weight"])
+
+
+def test_a_conflict_averse_step_is_as_long_and_serves_the_worst_task_better(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, num_rounds=1, balance=BalanceConfig(kind="equal"))
+    averse = replace(config, federation=replace(config.federation, combination="conflict_averse", conflict_aversion=0.9))
+    before = begin(config, tmp_path / "reference").model
+    updates = _updates(before)
+    shared = [key for key in before if owner_of(key)[0] is None and group_of(key) == "backbone"]
+
+    def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([arrays[key].ravel() for key in shared]).astype(np.float64)
+
+    tasks = [(flat(updates["a-ct"]) + flat(updates["b-ct"])) / 2, flat(updates["c-mri"]), flat(updates["d-pet"])]
+    steps = {
+        name: flat(run(some, RuleSites(), tmp_path / name).model) - flat(before)
+        for name, some in (("mean", config), ("averse", averse))
+    }
+    assert np.linalg.norm(steps["averse"]) == pytest.approx(np.linalg.norm(steps["mean"]), rel=1e-3)
+    assert min(task @ steps["averse"] for task in tasks) > min(task @ steps["mean"] for task in tasks)
+    assert set(_records(tmp_path / "averse")[0]["group_cosines"]) == {"backbone", "hypernetwork"}
 
 
 def test_a_task_that_nobody_reported_keeps_its_own_parameters(config: RunConfig, tmp_path: Path) -> None:
@@ -158,7 +193,7 @@ def test_a_taken_folder_and_another_configuration_are_refused(config: RunConfig,
 
 def test_a_site_with_two_tasks_counts_toward_each_by_its_share(config: RunConfig, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(SITES, "b-ct", ("CT", "MRI"))
-    config = replace(config, num_rounds=1)
+    config = replace(config, num_rounds=1, balance=BalanceConfig(kind="equal"))
     before = begin(config, tmp_path / "reference").model
     updates = _updates(before)
     state = run(config, RuleSites(), tmp_path / "run")

@@ -29,13 +29,13 @@ from tat_core.settings import key_prefix, known_keys
 
 
 def test_presets_are_found_and_carry_their_name() -> None:
-    assert set(preset_names()) >= {"demo", "paper", "smoke"}
+    assert set(preset_names()) >= {"demo", "full", "paper", "smoke"}
     for name in preset_names():
         config = load_config(name)
         assert config.preset == config.name == name
 
 
-@pytest.mark.parametrize("name", ["demo", "paper", "smoke"])
+@pytest.mark.parametrize("name", ["demo", "full", "paper", "smoke"])
 def test_preset_file_says_command_cost_and_expectation(name: str) -> None:
     text = (Path(__file__).parents[2] / "tat_core" / "conf" / f"{name}.yaml").read_text()
     header = text[: text.index("defaults:")]
@@ -173,7 +173,7 @@ def test_preset_is_a_name_not_a_path(preset: str) -> None:
         load_config(preset)
 
 
-@pytest.mark.parametrize("name", ["demo", "paper", "smoke"])
+@pytest.mark.parametrize("name", ["demo", "full", "paper", "smoke"])
 def test_round_trip_through_json_and_yaml(name: str) -> None:
     config = load_config(name, "tasks=[MRI]")
     plain = config_to_dict(config)

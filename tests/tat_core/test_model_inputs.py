@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tat_core.config import ModelConfig
-from tat_core.groups import group_of
+from tat_core.groups import TASK_CODE, group_of
 from tat_core.model.attention import channel_attention, window_index
 from tat_core.model.blocks import KernelMix
 from tat_core.model.tat import TAT, build_model
 
-TINY = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, tren_features=8, tren_code=16, kernel_init="awake")
+TINY = ModelConfig(
+    dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, tren_features=8, tren_code=16, kernel_init="awake", task_code=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,7 @@ def test_every_parameter_has_a_group_and_sits_in_a_leaf_module(tiny: TAT) -> Non
     groups = {name: group_of(name) for name, _ in tiny.named_parameters()}
     assert set(groups.values()) == {"backbone", "hypernetwork", "adapter"}
     assert groups["latent.0.attention.depthwise.gate"] == groups["output.weight"] == "adapter"
+    assert groups.pop(TASK_CODE) == "adapter"
     assert all((group == "hypernetwork") == name.startswith("tren.") for name, group in groups.items())
     for module in tiny.modules():
         assert not (list(module.children()) and list(module.parameters(recurse=False)))

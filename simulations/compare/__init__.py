@@ -1,0 +1,1 @@
+"""Is training together better than alone? `python -m simulations.compare`."""

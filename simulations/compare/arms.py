@@ -1,0 +1,202 @@
+"""The ways of training that are compared: each trains with the real loop and engine, and scores its models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client.alone import train_alone
+from client.site import Site, load_site
+from server.strategy import run
+from simulations.inprocess import LocalSites
+from tat_core.checkpoint import read_model, replacing
+from tat_core.config import RunConfig, config_to_dict, load_config
+from tat_core.data.prepared import PreparedSplit, open_split, prepare
+from tat_core.evaluate import score_slices
+from tat_core.groups import GROUPS
+from tat_core.model.allocator import tune_allocator
+from tat_core.model.tat import TAT, build_model
+from tat_core.model.weight_net import WeightNet
+from tat_core.train import make_optimiser, train
+
+EVERY_GROUP = f"federation.task_groups=[{','.join(GROUPS)}]"
+STOCK = ("federation.task_groups=[]", "balance.kind=equal", "federation.combination=shares", "train.keep_optimiser=false")
+CROSS_SLICES = 4  # of each site's test slices, for models that were trained elsewhere
+CURVE_POINTS = 10
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes
+    ----------
+    title : str
+    how : str
+        ``alone``, ``pooled`` (all images in one place), ``specialist`` (pooled by task) or ``federated``.
+    overrides : tuple of str
+        To the common configuration.
+    """
+
+    title: str
+    how: str
+    overrides: tuple[str, ...] = ()
+
+
+ARMS = {
+    "alone": Arm("L: each hospital alone", "alone"),
+    "within": Arm("W: averaged within each task only", "federated", (EVERY_GROUP, "train.keep_optimiser=false")),
+    "specialist": Arm("S: pooled, one network per task", "specialist"),
+    "pooled": Arm("P: pooled, one network, published loss", "pooled"),
+    "fedavg": Arm("FedAvg", "federated", STOCK),
+    "fedprox": Arm("FedProx, μ = 0.01", "federated", (*STOCK, "train.proximal=0.01")),
+    "ours": Arm("F: ours", "federated"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed; `key` names its result and changes with everything that it depends on."""
+
+    arm: str
+    seed: int
+    preset: str
+    overrides: tuple[str, ...]
+    hospitals: tuple[Path, ...]
+    folder: Path
+    device: str
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration."""
+        fixed = (f"seed={self.seed}", f"output_dir={self.folder}", f"federation.num_sites={len(self.hospitals)}")
+        return load_config(self.preset, [*self.overrides, *ARMS[self.arm].overrides, *fixed])
+
+    @property
+    def result_file(self) -> Path:
+        """Where the result is kept; a changed configuration or data set gives another name."""
+        settings = {k: v for k, v in config_to_dict(self.config).items() if k not in ("output_dir", "name")}
+        made = [(folder / "built.json").read_text() for folder in self.hospitals if (folder / "built.json").is_file()]
+        digest = hashlib.sha256(json.dumps([settings, made, ARMS[self.arm].how], sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{self.arm}-{self.seed}-{digest[:10]}.json"
+
+
+def do(job: Job) -> dict[str, Any]:
+    """Train and score one arm, or read the result that is there."""
+    if job.result_file.is_file():
+        return dict(json.loads(job.result_file.read_text()))
+    torch.set_num_threads(job.config.train.num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=job.device != "cpu")
+    tune_allocator()
+    sites = [replace(load_site(folder / "site.yaml"), device=job.device) for folder in job.hospitals]
+    started = time.perf_counter()
+    models, curve = _TRAIN[ARMS[job.arm].how](job, sites)
+    trained = time.perf_counter() - started
+    result = {"arm": job.arm, "seed": job.seed, "train_seconds": trained, "curve": curve, "scores": _score(models, sites, job)}
+    with replacing(job.result_file) as temporary:
+        temporary.write_text(json.dumps(result))
+    return result
+
+
+Models = dict[str, Callable[[str], TAT]]
+"""Where it was trained (a site, or ``all``) → the network for a task."""
+
+
+def _alone(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
+    return {site.name: _always(train_alone(site, job.config)) for site in sites}, []
+
+
+def _pooled(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
+    model, curve = _train_pooled(job, sites, job.config.tasks)
+    return {"all": _always(model)}, curve
+
+
+def _specialist(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
+    trained = {
+        task: _train_pooled(job, [site for site in sites if task in site.data], (task,))
+        for task in job.config.tasks
+        if any(task in site.data for site in sites)
+    }
+    return {"all": lambda task: trained[task][0]}, [{task: curve for task, (_, curve) in trained.items()}]
+
+
+def _train_pooled(job: Job, sites: Sequence[Site], tasks: Sequence[str]) -> tuple[TAT, list[dict[str, float]]]:
+    """As many steps as a site takes, on batches as large as all these sites' together: equal steps and equal samples."""
+    config = job.config
+    splits: dict[str, PreparedSplit] = {}
+    for task in tasks:
+        parts = [open_split(prepare(site.data[task]), "train") for site in sites if task in site.data]
+        splits[task] = PreparedSplit(parts[0].task, [case for part in parts for case in part.cases])
+    model = build_model(config.model, config.seed).to(job.device)
+    weight_net = WeightNet().to(job.device)
+    settings = replace(config.train, batch_size=config.train.batch_size * len(sites))
+    optimiser = make_optimiser(model, settings)
+    optimiser.add_param_group({"params": list(weight_net.parameters())})
+    rng = np.random.default_rng(config.seed)
+    total = config.num_rounds * config.train.local_steps
+    bounds = np.linspace(0, total, CURVE_POINTS + 1).astype(int)
+    curve = []
+    for first, last in pairwise(bounds):
+        done = train(
+            model,
+            splits,
+            settings,
+            rng=rng,
+            num_steps=int(last - first),
+            first_step=int(first),
+            total_steps=total,
+            device=job.device,
+            optimiser=optimiser,
+            weight_net=weight_net,
+        )
+        curve.append({task: stats.mean_loss / stats.mean_input for task, stats in done.stats.items()})
+    return model, curve
+
+
+def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
+    config = replace(job.config, name=job.result_file.stem)
+    folder = job.folder / "runs" / config.name
+    shutil.rmtree(folder, ignore_errors=True)
+    state = run(config, LocalSites(job.hospitals, config, job.device), folder)
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    curve = [{task: facts["loss"] / facts["input_loss"] for task, facts in line["tasks"].items()} for line in lines]
+    released = read_model(folder / "model.safetensors")
+    for site in sites:
+        shutil.rmtree(site.state_dir / "runs" / state.run, ignore_errors=True)
+    return {"all": lambda task: released.network(task).to(job.device)}, curve
+
+
+def _always(model: TAT) -> Callable[[str], TAT]:
+    return lambda _task: model.eval()
+
+
+_TRAIN = {"alone": _alone, "pooled": _pooled, "specialist": _specialist, "federated": _federated}
+
+
+def _score(models: Models, sites: Sequence[Site], job: Job) -> dict[str, dict[str, Any]]:
+    """Where trained → where tested → task and, by arm and measure, a value per test slice."""
+    scores: dict[str, dict[str, Any]] = {}
+    for origin, network in models.items():
+        for site in sites:
+            for task in (t for t in job.config.tasks if t in site.data):
+                for name in ("validation", "test"):
+                    split = open_split(prepare(site.data[task]), name)
+                    limit = None if origin in ("all", site.name) else CROSS_SLICES
+                    scored = list(score_slices(network(task), split, job.config.evaluate, job.device, limit))
+                    values = {
+                        f"{arm}.{measure}": [getattr(one.arms[arm], f"{measure}_sum") for one in scored if one.arms]
+                        for arm in ("input", "restored")
+                        for measure in ("psnr", "ssim", "rmse")
+                    }
+                    scores.setdefault(origin, {}).setdefault(site.name, {"task": task})[name] = values
+    return scores
