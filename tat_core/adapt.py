@@ -84,7 +84,6 @@ def with_own(arrays: Mapping[str, np.ndarray], task: str, groups: Collection[str
             result[key] = value
     for name in [owner_of(key)[1] for key in arrays if owner_of(key)[0] == owners[0]]:
         if f"{task}:{name}" not in result:
-            result[f"{task}:{name}"] = np.mean(
-                np.stack([arrays[f"{owner}:{name}"] for owner in owners]), axis=0, dtype=np.float32
-            )
+            others = np.stack([arrays[f"{owner}:{name}"] for owner in owners])
+            result[f"{task}:{name}"] = np.asarray(others.mean(0), np.float32)
     return result
