@@ -13,7 +13,7 @@ from client.work import name_seed, score_validation, training_splits
 from tat_core.checkpoint import replacing
 from tat_core.config import RunConfig, config_to_dict
 from tat_core.model.tat import TAT, build_model
-from tat_core.packet import Packet
+from tat_core.packet import Packet, echo
 from tat_core.train import train
 
 # What a run is called, where it is written and whether it goes on does not change what a hospital alone would learn.
@@ -48,4 +48,4 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(metrics))
-    return Packet({}, metrics, {"site": site.name, **{key: instruction.config[key] for key in ("round", "base")}})
+    return Packet({}, metrics, {"site": site.name, **echo(instruction)})

@@ -21,7 +21,7 @@ from tat_core.evaluate import evaluate_split
 from tat_core.groups import group_of
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import TAT, build_model
-from tat_core.packet import Packet, stats_to_metrics
+from tat_core.packet import Packet, echo, stats_to_metrics
 from tat_core.sharing import owner_of, view
 from tat_core.train import make_optimiser, train
 
@@ -98,7 +98,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     return Packet(
         update,
         {**stats_to_metrics(result.stats), "seconds": time.perf_counter() - started},
-        {"site": site.name, "round": round_number, "base": str(instruction.config["base"])},
+        {"site": site.name, **echo(instruction)},
     )
 
 
@@ -107,7 +107,7 @@ def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
     arrays = _verified(instruction)
     arrays = arrays | _kept(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
     metrics = score_validation(site, config, lambda task: _network(config, arrays, task))
-    return Packet({}, metrics, {"site": site.name, **{key: instruction.config[key] for key in ("round", "base")}})
+    return Packet({}, metrics, {"site": site.name, **echo(instruction)})
 
 
 def score_validation(site: Site, config: RunConfig, network_for: Callable[[str], TAT]) -> dict[str, int | float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from tat_core.loss import TaskStats
 from tat_core.packet import Packet, metrics_to_stats
 from tat_core.sharing import owner_of
 
+log = logging.getLogger("fed_tat.server")
+
 
 @dataclass(frozen=True)
 class Spooled:
@@ -28,7 +32,7 @@ class Spooled:
         Its update, safetensors.
     stats : dict of task name to TaskStats
     facts : dict
-        ``seconds``, ``bytes``, ``norm``, and ``scale``: 1, or less where an overlong update is shortened.
+        ``seconds``, ``bytes``, ``steps``, ``norm``, and ``scale``: 1, or less where an overlong update is shortened.
     """
 
     site: str
@@ -55,10 +59,13 @@ class UpdateFile:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
+            length = file.seek(0, os.SEEK_END)
         self.metadata: dict[str, str] = header.pop("__metadata__")
         self._places = {
             sys.intern(key): (8 + size + entry["data_offsets"][0], tuple(entry["shape"])) for key, entry in header.items()
         }
+        if length != 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+            raise ValueError("the file is shorter or longer than its header says")
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, float32, in its shape."""
@@ -71,29 +78,32 @@ class UpdateFile:
         return array
 
 
-def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any], model: str) -> Spooled:
+def spool(folder: Path, site: str, reply: Packet, facts: Mapping[str, Any], nonce: str) -> Spooled:
     """Write a reply to the round's folder, durably; once this returns, a crash does not lose it.
 
     Parameters
     ----------
     folder, site, reply, facts
-    model : str
-        Hash of the model that the round started from; without it a folder could not be told from that of another run.
+    nonce : str
+        Of the round; without it a folder could not be told from that of another run, or of a round that was begun anew.
     """
     path = folder / f"{site}.safetensors"
-    metadata = {"metrics": json.dumps(reply.metrics), "facts": json.dumps(dict(facts)), "model": model}
+    metadata = {"metrics": json.dumps(reply.metrics), "facts": json.dumps(dict(facts)), "nonce": nonce}
     save_arrays(path, reply.arrays, metadata)
     return Spooled(site, path, metrics_to_stats(reply.metrics), dict(facts))
 
 
-def read_spool(folder: Path, model: str) -> dict[str, Spooled]:
-    """The replies in a round's folder that belong to the model with this hash, in the order of the sites' names."""
+def read_spool(folder: Path, nonce: str) -> dict[str, Spooled]:
+    """The replies in a round's folder that belong to the round with this nonce, in the order of the sites' names."""
     replies = {}
     for path in sorted(folder.glob("*.safetensors")):
-        metadata = UpdateFile(path).metadata
-        if metadata["model"] == model:
-            stats = metrics_to_stats(json.loads(metadata["metrics"]))
-            replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
+        try:
+            metadata = UpdateFile(path).metadata
+            if metadata["nonce"] == nonce:
+                stats = metrics_to_stats(json.loads(metadata["metrics"]))
+                replies[path.stem] = Spooled(path.stem, path, stats, json.loads(metadata["facts"]))
+        except Exception as error:  # whatever a damaged file makes the readers say, the site can be asked again
+            log.warning("spool: the reply of %s is damaged (%s); the site is asked again", path.stem, error)
     return replies
 
 

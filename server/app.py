@@ -23,7 +23,7 @@ def main(grid: Grid, context: Context) -> None:
     _log_to_stdout()
     config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
     torch.set_num_threads(config.train.num_threads)
-    run(config, FlowerSites(grid), Path(config.output_dir) / config.name)
+    run(config, FlowerSites(grid, config), Path(config.output_dir) / config.name)
 
 
 def _log_to_stdout() -> None:

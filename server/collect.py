@@ -1,16 +1,16 @@
-"""Collecting a round's replies: ask, guard, spool, and know when to stop waiting."""
+"""Collecting a round's replies: ask, guard, spool, know when to stop waiting, and close."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from server.aggregate import Spooled, read_spool, spool
-from server.guard import examine, length
+from server.guard import answers, examine, length
 from server.history import SiteHistory, deadline_s, steps_for, usual_norm
 from server.journal import ServerState, spool_folder
 from server.sites import SiteInfo, Sites
@@ -22,6 +22,10 @@ from tat_core.sharing import for_tasks
 log = logging.getLogger("fed_tat.server")
 
 
+class NobodyRepliedError(ValueError):
+    """Not one of the sites asked sent anything, good or bad: the fault is in between, and asking again may help."""
+
+
 @dataclass(frozen=True)
 class Collected:
     """A closed round.
@@ -31,24 +35,112 @@ class Collected:
     replies : dict of site name to Spooled
         What may be aggregated.
     sites : dict of site name to dict
-        For the record: tasks, status ("ok", "late", a code, "LEFT_OUT" or "NO_REPLY"), seconds, bytes, steps, norm, scale.
+        For the record: tasks, status ("ok", "late", a code, "LEFT_OUT" or "NO_REPLY"), seconds, bytes, steps, norm, scale; and
+        "late_reply" where one came and was not used.
     history : dict of site name to SiteHistory
-    awaited : dict of site name to str
-        Base version that the sites without a reply were sent.
+    awaited : dict of site name to dict
+        What the sites without a reply were sent, arrays apart.
     """
 
     replies: dict[str, Spooled]
     sites: dict[str, dict[str, Any]]
     history: dict[str, SiteHistory]
-    awaited: dict[str, str]
+    awaited: dict[str, dict[str, Any]]
+
+
+@dataclass
+class OpenRound:
+    """A round, and what has come in so far.
+
+    Attributes
+    ----------
+    state : ServerState
+        After the round before.
+    config : RunConfig
+    folder : Path
+        Where replies are spooled, late ones in a folder of their own below.
+    asked : dict of site name to SiteInfo
+    instructions : dict of site name to Packet
+        What they are sent.
+    usual : dict of tuple of task names to float or None
+        The usual length of an update of sites with these tasks.
+    replies, late : dict of site name to Spooled
+        To this round, and to the one before.
+    faults : dict of site name to str
+        Why a site's reply is left out.
+    strikes, dropped : set of site names
+        Whose reply the guard refused; whose reply came too late to be of use.
+    """
+
+    state: ServerState
+    config: RunConfig
+    folder: Path
+    asked: dict[str, SiteInfo]
+    instructions: dict[str, Packet]
+    usual: dict[tuple[str, ...], float | None]
+    replies: dict[str, Spooled]
+    late: dict[str, Spooled]
+    faults: dict[str, str] = field(default_factory=dict)
+    strikes: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+    @property
+    def number(self) -> int:
+        """Of the round; the first is 1."""
+        return self.state.round + 1
+
+
+def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo], folder: Path) -> Collected:
+    """Ask the sites that have not replied yet, guard each reply as it arrives, and keep the good ones on disk.
+
+    Replies that a killed coordinator had already spooled for this round are kept. A reply to the round before that arrives now is
+    taken, at ``staleness_weight``, if its site has no newer one when the round closes.
+
+    Raises
+    ------
+    NobodyRepliedError
+        No site that was asked sent anything.
+    ValueError
+        No reply may be aggregated.
+    """
+    opened = begin_round(state, config, members, folder)
+    listen(opened, sites)
+    return close(opened, members)
+
+
+def begin_round(state: ServerState, config: RunConfig, members: Mapping[str, SiteInfo], folder: Path) -> OpenRound:
+    """The round with the replies that are on disk already; sites with too many strikes are not asked."""
+    asked = {name: info for name, info in members.items() if state.strikes_of(name) < config.federation.max_strikes}
+    about = {"run": state.run, "round": state.round + 1, "nonce": state.nonce}
+    tasks_of = {name: info.tasks for name, info in members.items()}
+    place = spool_folder(folder, state.round + 1)
+    (place / "late").mkdir(exist_ok=True)
+    return OpenRound(
+        state,
+        config,
+        place,
+        asked,
+        instructions=instruct(state.model, about, asked, _steps(state, config, list(asked))),
+        usual={tasks: usual_norm(tasks, state.history, tasks_of) for tasks in sorted(set(tasks_of.values()))},
+        replies=read_spool(place, state.nonce),
+        late=read_spool(place / "late", state.nonce),
+    )
 
 
 def instruct(
-    arrays: Mapping[str, Any], run: str, number: int, members: Mapping[str, SiteInfo], steps: Mapping[str, int]
+    arrays: Mapping[str, Any], about: Mapping[str, Any], members: Mapping[str, SiteInfo], steps: Mapping[str, int]
 ) -> dict[str, Packet]:
     """What each site is sent: the shared parameters, its tasks' own, their hash, and its local steps.
 
     Sites of the same tasks share the arrays, and those of the same steps the packet.
+
+    Parameters
+    ----------
+    arrays : mapping of key to float32 array
+    about : mapping
+        ``run``, ``round`` and ``nonce``.
+    members : mapping of site name to SiteInfo
+    steps : mapping of site name to int
     """
     chosen = {tasks: for_tasks(arrays, tasks) for tasks in sorted({info.tasks for info in members.values()})}
     bases = {tasks: model_hash(some) for tasks, some in chosen.items()}
@@ -57,76 +149,107 @@ def instruct(
     for name, info in sorted(members.items()):
         key = info.tasks, steps.get(name, 0)
         if key not in packets:
-            config: dict[str, Any] = {"run": run, "round": number, "base": bases[info.tasks], "steps": key[1]}
-            packets[key] = Packet(chosen[info.tasks], {}, config)
+            packets[key] = Packet(chosen[info.tasks], {}, {**about, "base": bases[info.tasks], "steps": key[1]})
         instructions[name] = packets[key]
     return instructions
 
 
-def collect(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo], folder: Path) -> Collected:
-    """Ask the sites that have not replied yet, guard each reply as it arrives, and keep the good ones on disk.
-
-    Replies that a killed coordinator had already spooled for this round and this model are kept. A reply to the round before that
-    arrives now is taken, at ``staleness_weight``, if its site has no newer one when the round closes.
-
-    Raises
-    ------
-    ValueError
-        No reply may be aggregated.
-    """
-    number, federation = state.round + 1, config.federation
-    asked = {name: info for name, info in members.items() if state.strikes_of(name) < federation.max_strikes}
-    instructions = instruct(state.model, state.run, number, asked, _steps(state, config, list(asked)))
-    place, model = spool_folder(folder, number), model_hash(state.model)
-    (place / "late").mkdir(exist_ok=True)
-    replies, late = read_spool(place, model), read_spool(place / "late", model)
-    history = dict(state.history)
-    records: dict[str, dict[str, Any]] = {
-        name: {"tasks": list(info.tasks), "status": "NO_REPLY" if name in asked else "LEFT_OUT"}
-        for name, info in sorted(members.items())
-    }
-    tasks_of = {name: info.tasks for name, info in members.items()}
-    usual = {tasks: usual_norm(tasks, state.history, tasks_of) for tasks in sorted(set(tasks_of.values()))}
-    missing = {name: packet for name, packet in instructions.items() if name not in replies}
+def listen(opened: OpenRound, sites: Sites) -> None:
+    """Ask those who have not replied, and take what comes until all have, or the deadline is over with a quorum of each task."""
+    federation = opened.config.federation
+    missing = {name: packet for name, packet in opened.instructions.items() if name not in opened.replies}
     deadline = deadline_s(
-        state.history, sorted(missing), federation.deadline_factor, federation.deadline_floor_s, federation.round_timeout_s
+        opened.state.history, sorted(missing), federation.deadline_factor, federation.deadline_floor_s, federation.round_timeout_s
     )
     started = time.perf_counter()
     for news in sites.ask("train", missing, federation.round_timeout_s) if missing else ():
         seconds = round(time.perf_counter() - started, 3)
         if news is not None:
-            name, reply = news
-            is_late = reply.error is None and reply.config.get("round") == state.round and name in state.awaited
-            instruction = _of_last_round(name, instructions[name], state) if is_late else instructions[name]
-            fault, facts = _judge(reply, instruction, tasks_of[name], usual[tasks_of[name]], config)
-            facts |= {"seconds": seconds}
-            if fault is not None:
-                log.warning("round %d: the reply of %s is left out: %s", number, name, fault)
-                records[name] |= {"status": fault}
-                if reply.error is None:  # what a site says of itself is an ordinary event, an unfit update is not
-                    history[name] = history.get(name, SiteHistory()).refused()
-            elif not is_late:
-                replies[name] = spool(place, name, reply, facts, model)
-            elif federation.staleness_weight:
-                facts["scale"] *= federation.staleness_weight
-                late[name] = spool(place / "late", name, reply, facts, model)
-        if seconds > deadline and _has_quorum(replies, tasks_of, federation.quorum_per_task):
+            take(opened, *news, seconds)
+        if seconds > deadline and _has_quorum(opened):
             break
-    for name, kept in sorted(replies.items()):
-        records[name] = {"tasks": list(kept.stats), "status": "ok", **kept.facts}
+
+
+def take(opened: OpenRound, name: str, reply: Packet, seconds: float) -> None:
+    """Guard one reply and spool it; the first good one of a site counts."""
+    state, instruction = opened.state, opened.instructions[name]
+    before = replace(instruction, config=state.awaited.get(name, instruction.config))  # of the same names and shapes
+    is_late = name in state.awaited and answers(reply, before)
+    if name in (opened.late if is_late else opened.replies):
+        log.warning("round %d: another reply of %s is dropped", opened.number, name)
+        return
+    fault, facts = _judge(opened, name, reply, before if is_late else instruction)
+    facts["seconds"] = seconds
+    if fault is not None:
+        log.warning("round %d: the reply of %s is left out: %s", opened.number, name, fault)
+        opened.faults[name] = fault
+        if reply.error is None:  # what a site says of itself is an ordinary event, an unfit update is not
+            opened.strikes.add(name)
+    elif not is_late:
+        opened.replies[name] = spool(opened.folder, name, reply, facts, state.nonce)
+    elif opened.config.federation.staleness_weight:
+        facts["scale"] *= opened.config.federation.staleness_weight
+        opened.late[name] = spool(opened.folder / "late", name, reply, facts, state.nonce)
+    else:
+        opened.dropped.add(name)
+
+
+def close(opened: OpenRound, members: Mapping[str, SiteInfo]) -> Collected:
+    """What counts of what has arrived, what the record says of each site, and what is remembered of it.
+
+    Raises
+    ------
+    NobodyRepliedError, ValueError
+        See `collect`.
+    """
+    replies, history = dict(opened.replies), dict(opened.state.history)
+    records: dict[str, dict[str, Any]] = {
+        name: {"tasks": list(info.tasks), "status": opened.faults.get(name, "NO_REPLY" if name in opened.asked else "LEFT_OUT")}
+        for name, info in sorted(members.items())
+    }
+    for name in sorted(opened.strikes):
+        history[name] = history.get(name, SiteHistory()).refused()
+    for name, kept in sorted(opened.replies.items()):
         facts = kept.facts
+        records[name] = {"tasks": list(kept.stats), "status": "ok", **facts}
         history[name] = history.get(name, SiteHistory()).accepted(
             facts["norm"] * facts["scale"], facts["seconds"], facts["steps"]
         )
-    for name, kept in sorted(late.items()):
-        if name not in replies:
+    for name, kept in sorted(opened.late.items()):
+        if name in replies:
+            records[name]["late_reply"] = "superseded"
+        else:
             replies[name] = kept
             records[name] = {"tasks": list(kept.stats), "status": "late", **kept.facts}
+    for name in sorted(opened.dropped):
+        records[name]["late_reply"] = "dropped"
     if not replies:
         statuses = ", ".join(f"{name}: {facts['status']}" for name, facts in records.items())
-        raise ValueError(f"round {number}: expected at least one site's update, got none ({statuses}); look into the sites' logs")
-    silent = [name for name in instructions if records[name]["status"] in ("NO_REPLY", "late")]
-    return Collected(replies, records, history, {name: str(instructions[name].config["base"]) for name in silent})
+        kind = NobodyRepliedError if opened.asked and not opened.faults else ValueError
+        raise kind(f"round {opened.number}: expected at least one site's update, got none ({statuses}); see the sites' logs")
+    silent = [name for name in opened.asked if records[name]["status"] in ("NO_REPLY", "late")]
+    return Collected(replies, records, history, {name: dict(opened.instructions[name].config) for name in silent})
+
+
+def _judge(opened: OpenRound, name: str, reply: Packet, instruction: Packet) -> tuple[str | None, dict[str, Any]]:
+    """The guard's verdict, and what the record keeps of the reply.
+
+    An update of fewer steps is lengthened in proportion, then shortened to what is usual.
+    """
+    config, tasks, steps = opened.config, opened.asked[name].tasks, int(instruction.config["steps"])
+    usual = opened.usual[tasks]
+    correction = config.train.local_steps / steps
+    fault, norm = examine(
+        reply,
+        instruction,
+        tasks=tasks,
+        max_samples=config.train.local_steps * config.train.batch_size,
+        longest=config.federation.refuse_factor * usual if usual else length(instruction.arrays),
+    )
+    full = norm * correction
+    clip = min(1.0, config.federation.clip_factor * usual / full) if usual and full else 1.0
+    size = sum(value.nbytes for value in reply.arrays.values())
+    return fault, {"bytes": size, "steps": steps, "norm": norm, "scale": correction * clip}
 
 
 def _steps(state: ServerState, config: RunConfig, members: list[str]) -> dict[str, int]:
@@ -136,36 +259,9 @@ def _steps(state: ServerState, config: RunConfig, members: list[str]) -> dict[st
     return {name: steps_for(name, members, state.history, local_steps) for name in members}
 
 
-def _of_last_round(name: str, instruction: Packet, state: ServerState) -> Packet:
-    """The instruction that a late reply answers: of the same arrays' names and shapes, but of the round before."""
-    return replace(instruction, config={**instruction.config, "round": state.round, "base": state.awaited[name]})
-
-
-def _judge(
-    reply: Packet, instruction: Packet, tasks: tuple[str, ...], usual: float | None, config: RunConfig
-) -> tuple[str | None, dict[str, Any]]:
-    """The guard's verdict, and what the record keeps of the reply.
-
-    An update of fewer steps is lengthened in proportion, then shortened to what is usual.
-    """
-    steps = int(instruction.config["steps"])
-    correction = config.train.local_steps / steps
-    longest = config.federation.refuse_factor * usual if usual else length(instruction.arrays)
-    fault, norm = examine(
-        reply,
-        instruction,
-        tasks=tasks,
-        max_samples=config.train.local_steps * config.train.batch_size,
-        longest=longest,
-    )
-    full = norm * correction
-    clip = min(1.0, config.federation.clip_factor * usual / full) if usual and full else 1.0
-    size = sum(value.nbytes for value in reply.arrays.values())
-    return fault, {"bytes": size, "steps": steps, "norm": norm, "scale": correction * clip}
-
-
-def _has_quorum(replies: Mapping[str, Spooled], tasks_of: Mapping[str, tuple[str, ...]], quorum: int) -> bool:
-    """Whether every task has its number of replies, or all that it can have."""
-    able = [task for tasks in tasks_of.values() for task in tasks]
-    there = [task for reply in replies.values() for task in reply.stats]
+def _has_quorum(opened: OpenRound) -> bool:
+    """Whether every task has its number of replies, or all that it can still have: a site that failed will send no other."""
+    able = [task for name, info in opened.asked.items() if name not in opened.faults for task in info.tasks]
+    there = [task for reply in opened.replies.values() for task in reply.stats]
+    quorum = opened.config.federation.quorum_per_task
     return all(there.count(task) >= min(quorum, able.count(task)) for task in set(able))

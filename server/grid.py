@@ -1,23 +1,27 @@
-"""The hospitals as Flower's grid reaches them: encode, push, pull replies as they arrive, decode."""
+"""The hospitals as Flower's grid reaches them: encode, push, pull replies as they arrive, decode; ask again who was lost."""
 
 from __future__ import annotations
 
 import logging
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from server.sites import SiteInfo
+from server.sites import SiteInfo, read_introduction
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
 log = logging.getLogger("fed_tat.server")
 
-POLL_SECONDS = 0.1
-SITE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it becomes the name of a file
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.1, 1.0
+LOOK_SECONDS = 10.0  # between two looks for sites that were lost
+QUERY_SECONDS = 60.0  # for a node's answer to who it is, while others train
+ASK_ANEW_SECONDS = 300.0  # until a node that did not say properly who it is may hold a round up again
+# The SuperLink throws a message away when its node misses two heartbeats: what the site then replies reaches nobody.
+UNANSWERABLE = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 
 
 class FlowerSites:
@@ -27,17 +31,23 @@ class FlowerSites:
     ----------
     grid : flwr.serverapp.Grid
         A simulated or a deployed one.
+    config : RunConfig
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, config: RunConfig) -> None:
         self._grid = grid
-        self._known: dict[int, tuple[str, SiteInfo]] = {}
-        self._late: set[str] = set()  # messages of the round before that nobody has answered yet
+        self._config = config
+        self._known: dict[str, tuple[int, SiteInfo]] = {}  # site → node
+        self._doubtful: set[str] = set()  # sites to be asked anew who they are
+        self._strangers: dict[int, float] = {}  # node → when it was asked in vain who it is
+        self._late: dict[str, str] = {}  # message → site, of the round before, that nobody has answered yet
 
     def members(self, config: RunConfig) -> dict[str, SiteInfo]:
-        """The sites that are there now; before the first round, wait for the expected number of them.
+        """The sites that are there now.
 
-        New nodes are asked who they are. One that does not answer properly is asked again next time.
+        Before the first round, the expected number is waited for; later, those of the round before are for a while, and when
+        nobody is left, for as long as the run's patience lasts. New nodes are asked who they are, and so is a site that failed:
+        its file may have changed. One that does not answer properly is asked again next time.
 
         Raises
         ------
@@ -45,70 +55,140 @@ class FlowerSites:
             No site takes part.
         """
         federation = config.federation
-        nodes = self._wait_for_nodes(1 if self._known else federation.num_sites, federation.wait_timeout_s)
-        self._known = {node: known for node, known in self._known.items() if node in nodes}
-        new = dict.fromkeys((node for node in nodes if node not in self._known), Packet())
-        for news in self._exchange("query", new, federation.wait_timeout_s):
-            if news is not None:
-                self._introduce(*news, config)
+        first = not self._known
+        patience_s = federation.wait_timeout_s if first else federation.patience_s
+        deadline = time.monotonic() + patience_s
+        wait_s = federation.wait_timeout_s if first else min(federation.rejoin_timeout_s, patience_s)
+        nodes = self._wait_for_nodes(federation.num_sites if first else len(self._known), wait_s)
+        while True:
+            certain = {name: known for name, known in self._known.items() if known[0] in nodes and name not in self._doubtful}
+            self._known, self._doubtful = certain, set()
+            self._meet(nodes, federation.wait_timeout_s)
+            if self._known or first or time.monotonic() >= deadline:
+                break
+            time.sleep(POLL_SECONDS)
+            nodes = self._wait_for_nodes(1, deadline - time.monotonic())
         if not self._known:
             raise ValueError(
                 f"connect: expected {federation.num_sites} sites, got none of {len(nodes)} nodes; see the sites' logs"
             )
-        return dict(sorted(self._known.values()))
+        return {name: info for name, (_, info) in sorted(self._known.items())}
 
     def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
-        """Send each named site its instruction; yield the replies as they arrive, None while there is none."""
-        name_of = {node: name for node, (name, _) in self._known.items() if name in instructions}
-        packets = {node: instructions[name] for node, name in name_of.items()}
-        for news in self._exchange(kind, packets, timeout_s):
-            if news is None or news[0] in name_of:
-                yield None if news is None else (name_of[news[0]], news[1])
+        """Send each named site its instruction; yield the replies as they arrive, None while there is none.
 
-    def _introduce(self, node: int, reply: Packet, config: RunConfig) -> None:
-        name = str(reply.config.get("site", ""))
-        tasks = tuple(task for task in config.tasks if task in str(reply.config.get("tasks", "")).split(","))
-        fault = reply.error
-        if fault is None and (not SITE_NAME.fullmatch(name) or name in {known for known, _ in self._known.values()}):
-            fault = "WRONG_NAME"
-        if fault is None and not tasks:
-            fault = "NO_SHARED_TASK"
-        if fault is None:
-            self._known[node] = (name, SiteInfo(tasks, str(reply.config.get("patients", ""))))
-        else:
-            log.warning("node %d does not take part: %s", node, fault)
-
-    def _wait_for_nodes(self, expected: int, timeout_s: float) -> list[int]:
+        A site whose message can no longer be answered, since its node died or was cut off, is asked again when it is back.
+        """
         deadline = time.monotonic() + timeout_s
-        while len(nodes := sorted(self._grid.get_node_ids())) < expected and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        if len(nodes) < expected:
-            log.warning("%d of %d sites are there after %.0f s; going on with them", len(nodes), expected, timeout_s)
-        return nodes
-
-    def _exchange(self, kind: str, packets: Mapping[int, Packet], timeout_s: float) -> Iterator[tuple[int, Packet] | None]:
-        """Push one message a node (Flower needs a list) and pull until every node has answered or the time is up."""
-        contents = {id(packet): _encode(packet) for packet in packets.values()}
-        messages = [
-            Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
-            for node, packet in packets.items()
-        ]
-        waiting = set(self._grid.push_messages(messages)) if messages else set()
-        late = self._late if kind == "train" else set()
-        deadline = time.monotonic() + timeout_s
+        there = {name: instructions[name] for name in self._known if name in instructions}
+        waiting = self._push(kind, there, timeout_s)
+        late = self._late if kind == "train" else {}
+        lost = {name: time.monotonic() for name in there if name not in waiting.values()}  # site → when
+        pause, next_look = POLL_SECONDS, time.monotonic()
         try:
-            while waiting and time.monotonic() < deadline:
-                replies = list(self._grid.pull_messages(waiting | late))
-                for reply in replies:
-                    waiting.discard(reply.metadata.reply_to_message_id)
-                    late.discard(reply.metadata.reply_to_message_id)
-                    yield reply.metadata.src_node_id, _decode(reply)
-                if not replies:
+            while (now := time.monotonic()) < deadline and (waiting or self._may_return(lost)):
+                news = False
+                for message, reply in self._pull([*waiting, *late]):
+                    is_late = message in late
+                    name = late.pop(message) if is_late else waiting.pop(message)
+                    if _is_lost(reply):
+                        if not is_late:
+                            log.warning("%s was lost; it is asked again when it is back", name)
+                            self._known.pop(name, None)
+                            lost[name] = now
+                        continue
+                    packet = self._received(name, reply)
+                    if name in instructions and not (is_late and packet.error):
+                        news = True
+                        yield name, packet
+                if lost and now >= next_look:
+                    self._meet(self._nodes(), QUERY_SECONDS)
+                    back = {name: instructions[name] for name in lost if name in self._known}
+                    waiting |= self._push(kind, back, max(1.0, deadline - time.monotonic()))
+                    lost = {name: when for name, when in lost.items() if name not in waiting.values()}
+                    next_look = time.monotonic() + LOOK_SECONDS
+                pause = POLL_SECONDS if news else min(1.02 * pause, LONGEST_POLL_SECONDS)
+                if not news:
                     yield None
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(pause)
         finally:  # also when the caller stops listening
             if kind == "train":
                 self._late = waiting
+
+    def _may_return(self, lost: Mapping[str, float]) -> bool:
+        """Whether one of the lost sites is still waited for when all others have replied."""
+        return any(time.monotonic() - when < self._config.federation.rejoin_timeout_s for when in lost.values())
+
+    def _received(self, name: str, reply: Message) -> Packet:
+        """The reply; one that fails, or calls itself by another name, comes from a site that has to be asked anew who it is."""
+        packet = _decode(reply)
+        if packet.error is None and packet.config.get("site") != name:
+            packet = Packet(config={"error": "RENAMED"})
+        if packet.error is not None:
+            self._doubtful.add(name)
+        return packet
+
+    def _meet(self, nodes: Collection[int], timeout_s: float) -> None:
+        """Ask the nodes that are new who they are."""
+        now = time.monotonic()
+        known = {node for node, _ in self._known.values()}
+        may_be_asked = [node for node in nodes if now - self._strangers.get(node, float("-inf")) >= ASK_ANEW_SECONDS]
+        new = {str(node): node for node in may_be_asked if node not in known}
+        self._strangers |= dict.fromkeys(new.values(), now)
+        waiting = self._send("query", {name: (node, Packet()) for name, node in new.items()}, timeout_s)
+        deadline = now + timeout_s
+        while waiting and time.monotonic() < deadline:
+            for message, reply in self._pull(waiting):
+                self._introduce(new[waiting.pop(message)], reply)
+            time.sleep(POLL_SECONDS)
+
+    def _introduce(self, node: int, reply: Message) -> None:
+        try:
+            name, info = read_introduction(_decode(reply), self._config)
+        except ValueError as fault:
+            log.warning("node %d does not take part: %s", node, fault)
+            if _is_lost(reply):
+                del self._strangers[node]  # it could not have answered
+            return
+        if name in self._known:
+            log.warning("node %d does not take part: there is a node for %s already", node, name)
+            return
+        self._known[name] = (node, info)
+        del self._strangers[node]
+
+    def _wait_for_nodes(self, expected: int, timeout_s: float) -> list[int]:
+        deadline = time.monotonic() + timeout_s
+        while len(nodes := self._nodes()) < expected and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        if len(nodes) < expected:
+            log.warning("%d of %d sites are there after %.0f s", len(nodes), expected, timeout_s)
+        return nodes
+
+    def _nodes(self) -> list[int]:
+        return sorted(self._grid.get_node_ids())
+
+    def _push(self, kind: str, packets: Mapping[str, Packet], timeout_s: float) -> dict[str, str]:
+        return self._send(kind, {name: (self._known[name][0], packet) for name, packet in packets.items()}, timeout_s)
+
+    def _send(self, kind: str, packets: Mapping[str, tuple[int, Packet]], timeout_s: float) -> dict[str, str]:
+        """Push one message a node (Flower needs a list); the messages that the SuperLink took, with the names they go by."""
+        contents = {id(packet): _encode(packet) for _, packet in packets.values()}
+        messages = {
+            name: Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
+            for name, (node, packet) in packets.items()
+        }
+        taken = set(self._grid.push_messages(list(messages.values()))) if messages else set()
+        return {m.metadata.message_id: name for name, m in messages.items() if m.metadata.message_id in taken}
+
+    def _pull(self, messages: Iterable[str]) -> Iterator[tuple[str, Message]]:
+        """The replies that are there, one at a time: pulled together they would be in memory together."""
+        for message in list(messages):
+            for reply in self._grid.pull_messages([message]):
+                yield message, reply
+
+
+def _is_lost(reply: Message) -> bool:
+    return reply.has_error() and reply.error.code in UNANSWERABLE
 
 
 def _encode(packet: Packet) -> RecordDict:
@@ -123,7 +203,11 @@ def _encode(packet: Packet) -> RecordDict:
 def _decode(reply: Message) -> Packet:
     if reply.has_error():
         return Packet(config={"error": f"NODE_ERROR_{reply.error.code}"})
-    arrays = {name: array.numpy() for record in reply.content.array_records.values() for name, array in record.items()}
+    try:
+        arrays = {name: array.numpy() for record in reply.content.array_records.values() for name, array in record.items()}
+    except Exception as error:  # whatever bytes a site sends, they must not stop the run
+        log.warning("a reply's arrays cannot be read: %s", type(error).__name__)
+        return Packet(config={"error": "UNREADABLE"})
     metrics = _scalars(item for record in reply.content.metric_records.values() for item in record.items())
     config = _scalars(item for record in reply.content.config_records.values() for item in record.items())
     return Packet(arrays, metrics, config)  # type: ignore[arg-type]

@@ -6,8 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import platform
+import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +48,17 @@ class ServerState:
     moments : dict of parameter name to Moments
         Of the server's optimiser.
     history : dict of site name to SiteHistory
-    awaited : dict of site name to str
-        Base version that was sent last round to the sites that have not replied: a late reply is told by it.
+    awaited : dict of site name to dict
+        What was sent last round, arrays apart, to the sites that have not replied: a late reply is told and judged by it.
+    nonce : str
+        Drawn for the next round, which sites repeat in their replies. It is on disk before anybody sees it, so that a resumed
+        round takes the replies that it had, and no reply to anything else passes for one of them.
     best_round : int
         The round whose model had the highest mean gain on the validation patients; 0 if none was scored.
     best_gain_db : float
         That gain: mean over tasks of PSNR(restored) − PSNR(input), in dB.
+    best_num_tasks : int
+        Over how many tasks: gains over fewer tasks are not compared with it.
     """
 
     run: str
@@ -59,9 +68,11 @@ class ServerState:
     average: dict[str, np.ndarray] = field(default_factory=dict)
     moments: dict[str, Moments] = field(default_factory=dict)
     history: dict[str, SiteHistory] = field(default_factory=dict)
-    awaited: dict[str, str] = field(default_factory=dict)
+    awaited: dict[str, dict[str, Any]] = field(default_factory=dict)
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
     best_round: int = 0
     best_gain_db: float = float("-inf")
+    best_num_tasks: int = 0
 
     @property
     def released(self) -> dict[str, np.ndarray]:
@@ -96,6 +107,11 @@ def read_config(folder: Path) -> RunConfig:
     return config_from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
+def versions() -> dict[str, str]:
+    """What a run's bits depend on, at the coordinator."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("fed-tat", "torch", "numpy", "flwr")}}
+
+
 def save_state(folder: Path, state: ServerState) -> None:
     """Write the state after a round; the manifest, written last, is what makes it valid. Older states beyond two are removed."""
     journal = folder / "journal"
@@ -107,11 +123,15 @@ def save_state(folder: Path, state: ServerState) -> None:
         "names": list(state.model),
         "sha256": _file_hash(arrays),
         "balance": asdict(state.balance),
+        "versions": versions(),
         "awaited": state.awaited,
+        "nonce": state.nonce,
         "history": {name: asdict(history) for name, history in state.history.items()},
         "best_round": state.best_round,
         "best_gain_db": state.best_gain_db if state.best_round else None,
+        "best_num_tasks": state.best_num_tasks,
     }
+    manifest["seal"] = _seal(manifest)
     with replacing(journal / f"{state.round:06d}.json") as temporary:
         temporary.write_text(json.dumps(manifest))
     for old in sorted(journal.glob("*.json"))[:-KEPT_STATES]:
@@ -120,14 +140,25 @@ def save_state(folder: Path, state: ServerState) -> None:
 
 
 def load_state(folder: Path) -> ServerState | None:
-    """The newest state that verifies; a torn or damaged one is reported and passed over. None if there is none."""
-    for path in sorted((folder / "journal").glob("*.json"), reverse=True):
+    """The newest state that verifies; a torn or damaged one is reported and passed over. None if there never was one.
+
+    Raises
+    ------
+    ValueError
+        There are states, and none of them verifies: beginning anew would throw away what the run has done.
+    """
+    manifests = sorted((folder / "journal").glob("*.json"), reverse=True)
+    for path in manifests:
         try:
             manifest = json.loads(path.read_text())
+            if manifest.pop("seal") != _seal(manifest):
+                raise ValueError("its manifest was changed")
             if _file_hash(path.with_suffix(".safetensors")) != manifest["sha256"]:
                 raise ValueError("its arrays do not have the stated sha256")
             arrays = load_file(path.with_suffix(".safetensors"))
             gain = manifest["best_gain_db"]
+            if manifest["versions"] != versions():
+                log.warning("journal: written by %s, read by %s: bits may differ", manifest["versions"], versions())
             return ServerState(
                 manifest["run"],
                 manifest["round"],
@@ -137,11 +168,18 @@ def load_state(folder: Path) -> ServerState | None:
                 {name: Moments(arrays.get(FIRST + name), arrays.get(SECOND + name)) for name in manifest["names"]},
                 {name: _history(fields) for name, fields in manifest["history"].items()},
                 manifest["awaited"],
+                manifest["nonce"],
                 manifest["best_round"],
                 float("-inf") if gain is None else gain,
+                manifest["best_num_tasks"],
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("journal: the state %s is damaged (%s); the one before it is tried", path.stem, error)
+    if manifests:
+        raise ValueError(
+            f"resume: expected a state of {folder.name} that verifies, got {len(manifests)} damaged; "
+            "restore its journal folder from a backup, or start anew under another name=…"
+        )
     return None
 
 
@@ -170,17 +208,17 @@ def append_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def rewind_record(folder: Path, last_round: int) -> None:
-    """Drop the lines of rounds after `last_round`, whose state did not survive, and a torn last line."""
+    """Drop the lines of rounds after `last_round`, whose state did not survive, and what is not a line of ours."""
     path = folder / "rounds.jsonl"
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["round"] <= last_round:
                 kept.append(line + "\n")
-        except ValueError:
-            continue
+        except (ValueError, TypeError, KeyError):
+            log.warning("record: a line of rounds.jsonl is damaged and left out")
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
@@ -210,6 +248,10 @@ def _flat(state: ServerState) -> dict[str, np.ndarray]:
 
 def _history(fields: dict[str, Any]) -> SiteHistory:
     return SiteHistory(tuple(fields["norms"]), tuple(fields["seconds"]), tuple(fields["step_seconds"]), fields["strikes"])
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_hash(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 from tat_core.evaluate import Scores
@@ -35,21 +35,25 @@ class Validation:
         }
 
 
-def pool_scores(metrics: Mapping[str, Mapping[str, int | float]], tasks: tuple[str, ...]) -> dict[str, Validation]:
-    """Add up the sites' scores, in the order of site names; tasks that nobody scored are absent."""
+def read_scores(metrics: Mapping[str, int | float], tasks: Collection[str]) -> dict[str, Validation]:
+    """One site's scores by task; a task that it did not score is absent."""
     names = [f.name for f in fields(Scores)]
+    found: dict[str, Validation] = {}
+    for task in tasks:
+        keys = [[f"{task}.{arm}.{name}" for name in names] for arm in ARMS]
+        if all(key in metrics for arm in keys for key in arm):
+            found[task] = Validation(*(Scores(*(metrics[key] for key in arm)) for arm in keys))  # type: ignore[arg-type]
+    return found
+
+
+def pool_scores(metrics: Mapping[str, Mapping[str, int | float]], tasks: Collection[str]) -> dict[str, Validation]:
+    """Add up the sites' scores, in the order of site names; tasks that nobody scored are absent."""
     pooled: dict[str, Validation] = {}
     for site in sorted(metrics):
-        for task in tasks:
-            keys = {arm: [f"{task}.{arm}.{name}" for name in names] for arm in ARMS}
-            if all(key in metrics[site] for arm in ARMS for key in keys[arm]):
-                scores = {arm: Scores(*(metrics[site][key] for key in keys[arm])) for arm in ARMS}  # type: ignore[arg-type]
-                before = pooled.get(task)
-                pooled[task] = Validation(
-                    scores["input"] + before.input if before else scores["input"],
-                    scores["restored"] + before.restored if before else scores["restored"],
-                )
-    return pooled
+        for task, scores in read_scores(metrics[site], tasks).items():
+            before = pooled.get(task, Validation(Scores(), Scores()))
+            pooled[task] = Validation(before.input + scores.input, before.restored + scores.restored)
+    return {task: pooled[task] for task in tasks if task in pooled}
 
 
 def mean_gain_db(validation: Mapping[str, Validation]) -> float | None:
@@ -59,7 +63,7 @@ def mean_gain_db(validation: Mapping[str, Validation]) -> float | None:
     return sum(v.gain_db for v in validation.values()) / len(validation)
 
 
-def gain_by_site(metrics: Mapping[str, Mapping[str, int | float]], tasks: tuple[str, ...]) -> dict[str, float]:
+def gain_by_site(metrics: Mapping[str, Mapping[str, int | float]], tasks: Collection[str]) -> dict[str, float]:
     """Each site's own mean gain over its tasks, in dB: the worst of them is what a mean over sites hides."""
     gains = {site: mean_gain_db(pool_scores({site: metrics[site]}, tasks)) for site in sorted(metrics)}
     return {site: gain for site, gain in gains.items() if gain is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ import numpy as np
 
 from server import journal
 from server.aggregate import Spooled, task_means, total_stats
-from server.collect import collect, instruct
+from server.collect import NobodyRepliedError, collect, instruct
 from server.combine import Gram, combine, conflict_averse
+from server.guard import examine_scores
 from server.harm import write_comparison
 from server.journal import ServerState
 from server.optimise import Moments, advance
@@ -27,10 +29,14 @@ from tat_core.checkpoint import arrays_of, model_hash, read_model, save_model
 from tat_core.config import FederationConfig, RunConfig, TrainConfig
 from tat_core.groups import GROUPS, group_of
 from tat_core.model.tat import build_model
-from tat_core.packet import Packet
 from tat_core.sharing import give_own, owner_of
 
 log = logging.getLogger("fed_tat.server")
+
+_MAY_CHANGE = (
+    *("num_sites", "wait_timeout_s", "round_timeout_s", "rejoin_timeout_s", "patience_s"),
+    *("deadline_factor", "deadline_floor_s", "quorum_per_task"),
+)
 
 
 def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
@@ -51,16 +57,25 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
     Raises
     ------
     ValueError
-        The folder holds another run, no site takes part, or every reply of a round was refused.
+        The folder holds another run, no site takes part, every reply of a round was refused, or nobody could be reached
+        for longer than ``federation.patience_s``.
     """
     state = begin(config, folder)
     before: dict[str, SiteInfo] = {}
+    heard = time.monotonic()
     while state.round < config.num_rounds:
         members = sites.members(config)
         if members != before:
             log.info("sites: %s", ", ".join(f"{name} ({'+'.join(info.tasks)})" for name, info in sorted(members.items())))
-        before = members
-        state = run_round(journal.readmit(folder, state), config, sites, members, folder)
+        came = {name: info for name, info in members.items() if before.get(name) != info}
+        try:
+            state = run_round(journal.readmit(folder, state), config, sites, members, came, folder)
+        except NobodyRepliedError as silence:
+            if time.monotonic() - heard >= config.federation.patience_s:
+                raise
+            log.warning("%s; asking again", silence)
+        else:
+            before, heard = members, time.monotonic()
     if config.federation.baseline and not (folder / "alone.json").exists():
         released, members = read_model(folder / "model.safetensors").arrays, sites.members(config)
         together, alone = (ask_scores(kind, released, state, config, sites, members) for kind in ("evaluate", "train.baseline"))
@@ -71,17 +86,17 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
 def begin(config: RunConfig, folder: Path) -> ServerState:
     """The state to go on from: a new model, or the newest state on disk that verifies."""
     if config.resume and (folder / "config.yaml").exists():
-        before = journal.read_config(folder)
-        if replace(before, resume=True) != replace(config, resume=True):
+        if _bits(journal.read_config(folder)) != _bits(config):
             raise ValueError(
                 f"resume: expected the configuration that {folder.name} was started with, got another; "
-                "use the same preset and overrides"
+                "use the same preset and overrides (only names, folders, num_sites and waiting times may change)"
             )
         journal.remove_leftovers(folder)
         state = journal.load_state(folder)
         journal.rewind_record(folder, state.round if state else 0)
         if state is not None:
             log.info("resume: round %d is on disk, going on with round %d", state.round, state.round + 1)
+            release(folder, config, state)
             return state
     else:
         journal.start_run(folder, config)
@@ -92,8 +107,24 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
     return state
 
 
-def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapping[str, SiteInfo], folder: Path) -> ServerState:
-    """One round: collect the sites' updates, fold them into the model, score it, write it down."""
+def _bits(config: RunConfig) -> RunConfig:
+    """The configuration without what an operator may change when a run goes on: where it lies and how long it waits."""
+    federation = replace(config.federation, **{key: getattr(FederationConfig, key) for key in _MAY_CHANGE})
+    return replace(config, name="run", output_dir="runs", resume=True, federation=federation)
+
+
+def run_round(
+    state: ServerState,
+    config: RunConfig,
+    sites: Sites,
+    members: Mapping[str, SiteInfo],
+    came: Mapping[str, SiteInfo],
+    folder: Path,
+) -> ServerState:
+    """One round: collect the sites' updates, fold them into the model, score it, write it down.
+
+    Of the sites that `came` since the round before, the record keeps what they say of themselves.
+    """
     started_at, started = datetime.now(UTC), time.perf_counter()
     number = state.round + 1
     collected = collect(state, config, sites, members, folder)
@@ -112,17 +143,16 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
         balance=balance_state,
         history=collected.history,
         awaited=collected.awaited,
+        nonce=secrets.token_hex(16),
     )
 
     scored = number % config.federation.evaluate_every == 0 or number == config.num_rounds
     site_metrics = ask_scores("evaluate", state.released, state, config, sites, members) if scored else {}
     validation = pool_scores(site_metrics, config.tasks)
     gain_db = mean_gain_db(validation)
-    if gain_db is not None and gain_db > state.best_gain_db:
-        state = replace(state, best_round=number, best_gain_db=gain_db)
-    if state.best_round == number or state.best_round == 0:
-        facts = {"run": config.name, "round": number, "seed": config.seed, "gain_db": gain_db}
-        save_model(folder / "model.safetensors", state.released, config.model, facts)
+    # A mean over fewer tasks is not to be compared: without its hardest task any model looks better.
+    if gain_db is not None and (len(validation), gain_db) > (state.best_num_tasks, state.best_gain_db):
+        state = replace(state, best_round=number, best_gain_db=gain_db, best_num_tasks=len(validation))
 
     record = {
         "round": number,
@@ -150,11 +180,26 @@ def run_round(state: ServerState, config: RunConfig, sites: Sites, members: Mapp
             for task, s in stats.items()
         },
     }
+    if came:
+        record |= {"came": {name: {"patients": info.patients, **info.says} for name, info in sorted(came.items())}}
+        record |= {"versions": journal.versions()}
     journal.append_record(folder, record)
     journal.save_state(folder, state)
+    release(folder, config, state)
     journal.clear_spool(folder, number)
     log.info("%s", describe_round(record))
     return state
+
+
+def release(folder: Path, config: RunConfig, state: ServerState) -> None:
+    """Write ``model.safetensors`` if the state's model is the best so far, or if none was scored.
+
+    After the journal, and again when a run goes on: so the file never holds a model that the journal does not know.
+    """
+    if state.round and state.best_round in (state.round, 0):
+        facts = {"run": config.name, "round": state.round, "seed": config.seed}
+        facts |= {"gain_db": state.best_gain_db if state.best_round else None}
+        save_model(folder / "model.safetensors", state.released, config.model, facts)
 
 
 def step(
@@ -225,20 +270,18 @@ def ask_scores(
     arrays, state, config, sites, members
     """
     metrics: dict[str, Mapping[str, int | float]] = {}
-    instructions = instruct(arrays, state.run, state.round, members, {})
+    instructions = instruct(arrays, {"run": state.run, "round": state.round, "nonce": state.nonce}, members, {})
     for news in sites.ask(kind, instructions, config.federation.round_timeout_s):
         if news is None:
             continue
         name, reply = news
-        if reply.error is None and _answers(reply, instructions[name]):
+        max_slices = config.evaluate.max_validation_slices
+        fault = examine_scores(reply, instructions[name], tasks=members[name].tasks, max_slices=max_slices)
+        if fault is None:
             metrics[name] = reply.metrics
         else:
-            log.warning("round %d: the scores of %s are left out: %s", state.round, name, reply.error or "STALE")
+            log.warning("round %d: the scores of %s are left out: %s", state.round, name, fault)
     return metrics
-
-
-def _answers(reply: Packet, instruction: Packet) -> bool:
-    return all(reply.config.get(key) == instruction.config[key] for key in ("round", "base"))
 
 
 def describe_round(record: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from client.alone import baseline_round
 from client.site import Site, load_site
 from client.work import describe, evaluate_round, handle, train_round
-from server.sites import SiteInfo
+from server.sites import SiteInfo, read_introduction
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
@@ -37,11 +37,8 @@ class LocalSites:
 
     def members(self, config: RunConfig) -> dict[str, SiteInfo]:
         """The sites and their tasks."""
-        replies = {name: handle(describe, site, config, Packet()) for name, site in sorted(self._sites.items())}
-        return {
-            name: SiteInfo(tuple(str(reply.config["tasks"]).split(",")), str(reply.config["patients"]))
-            for name, reply in replies.items()
-        }
+        replies = [handle(describe, site, config, Packet()) for _, site in sorted(self._sites.items())]
+        return dict(read_introduction(reply, config) for reply in replies)
 
     def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:  # noqa: ARG002 - nobody is slow here
         """Let each named site do its work."""

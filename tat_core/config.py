@@ -141,6 +141,12 @@ class FederationConfig:
     )
     deadline_floor_s: float = setting(60.0, "A round never closes earlier, unless all have replied; in seconds.", above=0.0)
     quorum_per_task: int = setting(1, "Replies of each task that a round waits for beyond its deadline.", at_least=0)
+    rejoin_timeout_s: float = setting(
+        120.0, "Longest wait for the return of a site that was lost in mid-round or between rounds, in seconds.", at_least=0.0
+    )
+    patience_s: float = setting(
+        86400.0, "How long a run that reaches no site at all goes on trying, in seconds, before it stops.", at_least=0.0
+    )
     staleness_weight: float = setting(
         0.0,
         "Share of a reply that came a round late, if its site has no newer one; 0 drops it.",

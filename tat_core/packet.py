@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 
 from tat_core.loss import TaskStats
+
+ECHOED = ("round", "base", "nonce")
+"""What a reply repeats of its instruction: the round, the model and the round's nonce, so that no other reply passes for it."""
+
+_CODE = re.compile(r"[A-Z][A-Z0-9_]{0,39}")
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,16 @@ class Packet:
 
     @property
     def error(self) -> str | None:
-        """The code with which a site refused or failed, if it did."""
+        """The code with which a site refused or failed, if it did; what is not a code never gets further than this."""
         code = self.config.get("error")
-        return None if code is None else str(code)
+        if code is None:
+            return None
+        return str(code) if _CODE.fullmatch(str(code)) else "UNKNOWN_ERROR"
+
+
+def echo(instruction: Packet) -> dict[str, str | int | float | bool]:
+    """The part of an instruction that its reply repeats."""
+    return {key: instruction.config[key] for key in ECHOED}
 
 
 def stats_to_metrics(stats: Mapping[str, TaskStats]) -> dict[str, int | float]:

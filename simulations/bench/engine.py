@@ -28,7 +28,6 @@ from server.collect import instruct
 from server.guard import examine
 from server.sites import SiteInfo
 from server.strategy import run
-from tat_core.checkpoint import model_hash
 from tat_core.config import RunConfig, load_config
 from tat_core.packet import Packet
 
@@ -108,11 +107,10 @@ def compare_means(config: RunConfig, files: int, repeats: int) -> tuple[float, f
     with tempfile.TemporaryDirectory(prefix="bench-engine-") as name:
         folder = Path(name)
         instruction = _instruction(config)
-        model = model_hash(instruction.arrays)
         for i in range(files):
-            spool(folder, f"site-{i:04d}", synthetic_reply(instruction, "CT", 1e-3 * (i + 1)), {"scale": 1.0}, model)
+            spool(folder, f"site-{i:04d}", synthetic_reply(instruction, "CT", 1e-3 * (i + 1)), {"scale": 1.0}, "0")
         names = list(instruction.arrays)
-        replies = read_spool(folder, model)
+        replies = read_spool(folder, "0")
         assert len(replies) == files
         ours, bare = [], []
         for _ in range(repeats):
@@ -126,13 +124,14 @@ def _instruction(config: RunConfig) -> Packet:
     from tat_core.model.tat import build_model
 
     arrays = arrays_of(build_model(config.model, 0))
-    return instruct(arrays, "0" * 32, 1, {"site": SiteInfo(("CT",), "11-50")}, {})["site"]
+    about = {"run": "0" * 32, "round": 1, "nonce": "0"}
+    return instruct(arrays, about, {"site": SiteInfo(("CT",), "11-50")}, {})["site"]
 
 
 def _guard_and_spool(folder: Path, reply: Packet, instruction: Packet) -> None:
     fault, _ = examine(reply, instruction, tasks=("CT",), max_samples=1000, longest=1e9)
     assert fault is None, fault
-    spool(folder, "site", reply, {"scale": 1.0}, "hash")
+    spool(folder, "site", reply, {"scale": 1.0}, "0")
 
 
 def _write_bare(path: Path, reply: Packet) -> None:

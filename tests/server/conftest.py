@@ -12,4 +12,4 @@ from tat_core.config import RunConfig, load_config
 @pytest.fixture
 def config() -> RunConfig:
     """The smallest run: three rounds of the smoke model."""
-    return replace(load_config("smoke", ["train.ema_decay=0.9"]), num_rounds=3)
+    return replace(load_config("smoke", ["train.ema_decay=0.9", "federation.patience_s=0"]), num_rounds=3)

@@ -8,7 +8,7 @@ import numpy as np
 
 from server.sites import SiteInfo
 from tat_core.config import RunConfig
-from tat_core.packet import Packet
+from tat_core.packet import Packet, echo
 
 SITES = {"a-ct": ("CT",), "b-ct": ("CT",), "c-mri": ("MRI",), "d-pet": ("PET",)}
 
@@ -22,14 +22,17 @@ class RuleSites:
         Gets the site's name, the round and the good reply; returns the reply to send, or None to stay silent.
     order : callable
         The order in which the sites answer.
+    tamper_scores : callable
+        Like `tamper`, for what they say of their validation images.
     """
 
     def __init__(
         self,
         tamper: Callable[[str, int, Packet], Packet | None] = lambda _name, _round, reply: reply,
         order: Callable[[Collection[str]], list[str]] = sorted,
+        tamper_scores: Callable[[str, int, Packet], Packet | None] = lambda _name, _round, reply: reply,
     ) -> None:
-        self.tamper, self.order = tamper, order
+        self.tamper, self.order, self.tamper_scores = tamper, order, tamper_scores
         self.asked: list[tuple[str, int, str]] = []
 
     def members(self, config: RunConfig) -> dict[str, SiteInfo]:
@@ -40,8 +43,9 @@ class RuleSites:
             instruction = instructions[name]
             number = int(instruction.config["round"])
             self.asked.append((kind, number, name))
-            reply = good_reply(name, instruction) if kind == "train" else good_scores(name, instruction)
-            answer = self.tamper(name, number, reply) if kind == "train" else reply
+            training = kind == "train"
+            reply = good_reply(name, instruction) if training else good_scores(name, instruction)
+            answer = (self.tamper if training else self.tamper_scores)(name, number, reply)
             yield (name, answer) if answer is not None else None
 
 
@@ -60,7 +64,7 @@ def good_reply(name: str, instruction: Packet) -> Packet:
             f"{task}.gradient_sum": 1.0 * count,
             f"{task}.loss_square_sum": loss * loss * count,
         }
-    return Packet(arrays, metrics, {"site": name, "round": number, "base": instruction.config["base"]})
+    return Packet(arrays, metrics, {"site": name, **echo(instruction)})
 
 
 def good_scores(name: str, instruction: Packet) -> Packet:
@@ -68,6 +72,6 @@ def good_scores(name: str, instruction: Packet) -> Packet:
     metrics: dict[str, int | float] = {}
     for task in SITES[name]:
         for arm, psnr in (("input", 25.0), ("restored", 25.0 + number)):
-            metrics |= {f"{task}.{arm}.count": 2, f"{task}.{arm}.psnr_sum": 2 * psnr}
-            metrics |= {f"{task}.{arm}.ssim_sum": 1.6, f"{task}.{arm}.rmse_sum": 20.0}
-    return Packet({}, metrics, {"site": name, "round": number, "base": instruction.config["base"]})
+            metrics |= {f"{task}.{arm}.count": 1, f"{task}.{arm}.psnr_sum": psnr}
+            metrics |= {f"{task}.{arm}.ssim_sum": 0.8, f"{task}.{arm}.rmse_sum": 10.0}
+    return Packet({}, metrics, {"site": name, **echo(instruction)})

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rule_sites import good_reply
+from rule_sites import good_reply, good_scores
 
-from server.guard import examine
+from server.guard import examine, examine_scores
 from tat_core.packet import Packet
 
 MODEL = {"embed.weight": np.zeros((2, 3), np.float32), "output.weight": np.zeros(4, np.float32)}
-INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc"})
+INSTRUCTION = Packet(MODEL, {}, {"round": 2, "base": "abc", "nonce": "n2"})
 
 
 def _fault(reply: Packet) -> str | None:
@@ -40,7 +40,9 @@ def test_a_good_reply_passes() -> None:
         ("OUT_OF_MEMORY", lambda r: Packet(config={"error": "OUT_OF_MEMORY"})),
         ("STALE", lambda r: replace(r, config={**r.config, "round": 1})),
         ("STALE", lambda r: replace(r, config={**r.config, "base": "other"})),
+        ("STALE", lambda r: replace(r, config={**r.config, "nonce": "n1"})),
         ("STALE", lambda r: replace(r, config={})),
+        ("UNKNOWN_ERROR", lambda r: Packet(config={"error": "no such file: /data/DOE^JOHN.dcm"})),
         ("WRONG_NAMES", lambda r: replace(r, arrays={**r.arrays, "extra": np.zeros(1, np.float32)})),
         ("WRONG_NAMES", lambda r: replace(r, arrays={})),
         ("WRONG_SHAPE", _with_array(np.zeros((1, 3), np.float32))),
@@ -56,6 +58,7 @@ def test_a_good_reply_passes() -> None:
         ("BAD_STATISTICS", _with(CT_loss_sum=float("nan"))),
         ("BAD_STATISTICS", _with(CT_loss_sum=-1.0)),
         ("BAD_STATISTICS", _with(CT_input_sum=1e12)),
+        ("BAD_STATISTICS", _with(CT_input_sum="many")),
         ("BAD_STATISTICS", lambda r: replace(r, metrics={"CT.loss_sum": 1.0})),
         ("WRONG_TASKS", lambda r: replace(r, metrics={})),
         ("WRONG_TASKS", lambda r: replace(r, metrics={k.replace("CT", "PET"): v for k, v in r.metrics.items()})),
@@ -63,3 +66,33 @@ def test_a_good_reply_passes() -> None:
 )
 def test_an_unfit_reply_is_named(code: str, spoil: Callable[[Packet], Packet]) -> None:
     assert _fault(spoil(good_reply("a-ct", INSTRUCTION))) == code
+
+
+def test_good_scores_pass() -> None:
+    assert examine_scores(good_scores("a-ct", INSTRUCTION), INSTRUCTION, tasks=("CT",), max_slices=2) is None
+    assert examine_scores(Packet({}, {}, INSTRUCTION.config), INSTRUCTION, tasks=("CT",), max_slices=2) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "metric", "value"),
+    [
+        ("BAD_COUNT", "count", 0),
+        ("BAD_COUNT", "count", 3),
+        ("BAD_COUNT", "count", 1.5),
+        ("BAD_SCORES", "psnr_sum", float("nan")),
+        ("BAD_SCORES", "psnr_sum", 1e12),
+        ("BAD_SCORES", "ssim_sum", -3.0),
+        ("BAD_SCORES", "rmse_sum", "low"),
+    ],
+)
+def test_unfit_scores_are_named(code: str, metric: str, value: Any) -> None:
+    reply = good_scores("a-ct", INSTRUCTION)
+    spoilt = replace(reply, metrics={**reply.metrics, f"CT.restored.{metric}": value})
+    assert examine_scores(spoilt, INSTRUCTION, tasks=("CT",), max_slices=2) == code
+
+
+def test_stale_scores_and_failures_are_named() -> None:
+    reply = good_scores("a-ct", INSTRUCTION)
+    stale = replace(reply, config={**reply.config, "nonce": "n1"})
+    assert examine_scores(stale, INSTRUCTION, tasks=("CT",), max_slices=2) == "STALE"
+    assert examine_scores(Packet(config={"error": "SITE_IO"}), INSTRUCTION, tasks=("CT",), max_slices=2) == "SITE_IO"

@@ -29,7 +29,8 @@ def _records(folder: Path) -> list[dict]:
 
 def _updates(model: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     members = {name: SiteInfo(tasks, "1-10") for name, tasks in SITES.items()}
-    return {name: good_reply(name, packet).arrays for name, packet in instruct(model, "0" * 32, 1, members, {}).items()}
+    about = {"run": "0" * 32, "round": 1, "nonce": "0"}
+    return {name: good_reply(name, packet).arrays for name, packet in instruct(model, about, members, {}).items()}
 
 
 def test_the_step_is_the_mean_within_tasks_then_over_tasks(config: RunConfig, tmp_path: Path) -> None:

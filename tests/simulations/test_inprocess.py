@@ -23,7 +23,7 @@ from tat_core.model.tat import build_model
 from tat_core.packet import Packet
 from tat_core.sharing import for_tasks, give_own
 
-RUN = "0" * 32
+ABOUT = {"run": "0" * 32, "nonce": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_of_every_hospital(smoke_hospitals: list[Path],
                 train_round,
                 site,
                 config,
-                Packet(model, {}, {"run": RUN, "steps": config.train.local_steps, "round": number, "base": model_hash(model)}),
+                Packet(model, {}, {**ABOUT, "steps": config.train.local_steps, "round": number, "base": model_hash(model)}),
             )
             assert reply.error is None
             model = {name: value + reply.arrays[name] for name, value in model.items()}
@@ -83,13 +83,13 @@ def test_only_a_code_leaves_a_site_that_fails(smoke_hospitals: list[Path], confi
     site = load_site(smoke_hospitals[0] / "site.yaml")
     secret = replace(site, data={"CT": tmp_path / "JOHN^DOE" / "missing"})
     base = arrays_of(build_model(config.model, config.seed))
-    instruction = Packet(base, {}, {"run": RUN, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)})
+    instruction = Packet(base, {}, {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)})
     reply = handle(train_round, secret, config, instruction)
     assert set(reply.config) == {"site", "error"}
     assert reply.error in {"BAD_INPUT", "SITE_IO"}
     assert not reply.arrays
     assert "DOE" not in str(reply)
-    tampered = replace(instruction, config={"run": RUN, "steps": config.train.local_steps, "round": 1, "base": "0" * 64})
+    tampered = replace(instruction, config={**ABOUT, "steps": config.train.local_steps, "round": 1, "base": "0" * 64})
     assert handle(train_round, site, config, tampered).error == "BASE_MISMATCH"
 
 
@@ -111,7 +111,7 @@ def test_a_site_with_two_tasks_trains_both(smoke_hospitals: list[Path], config: 
         train_round,
         both,
         config,
-        Packet(model, {}, {"run": RUN, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)}),
+        Packet(model, {}, {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)}),
     )
     assert reply.error is None
     assert set(reply.arrays) == set(model)
