@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from tat_core.checkpoint import replacing, save_arrays
 log = logging.getLogger("fed_tat.site")
 
 KEPT_ROUNDS = 3
+KEPT_S = 30 * 86400.0  # an optimiser's state of a run that is over stays for a month
 _RUN = re.compile(r"[0-9a-f]{32}")
 
 
@@ -35,11 +37,20 @@ def load_optimiser(site: Site, run: str, round_number: int, optimiser: torch.opt
 
 
 def save_optimiser(site: Site, run: str, round_number: int, optimiser: torch.optim.Optimizer) -> None:
-    """Keep the optimiser's state after a round; states older than three rounds are removed."""
+    """Keep the optimiser's state after a round; what is older than three rounds, or of runs long over, is removed.
+
+    Raises
+    ------
+    OSError
+        The disk is full or cannot be written; what was there before still is.
+    """
     path = _file(site, run, round_number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(optimiser.state_dict(), temporary)
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:  # opened by torch it would stay open after a failure
+            torch.save(optimiser.state_dict(), file)
+    except RuntimeError as error:  # torch's word for it
+        raise OSError(f"write {path.name}: expected room and permission, got: {error}; free disk space") from None
     _remove_old(path, round_number)
 
 
@@ -66,6 +77,12 @@ def _remove_old(newest: Path, round_number: int) -> None:
     for old in newest.parent.glob(f"*{newest.suffix}"):
         if int(old.stem) <= round_number - KEPT_ROUNDS:
             old.unlink()
+    for torn in newest.parent.glob(".*.tmp"):  # of a process that was killed; this round's may still be written by another
+        if int(torn.name[1:7]) < round_number:
+            torn.unlink(missing_ok=True)
+    for other in newest.parent.parent.glob("*/*.pt"):
+        if time.time() - other.stat().st_mtime > KEPT_S:
+            other.unlink(missing_ok=True)
 
 
 def _file(site: Site, run: str, round_number: int) -> Path:
