@@ -51,6 +51,8 @@ def status(run: RunName, runs: RunsFolder = Path("runs")) -> None:
     _print(Text.assemble((record.folder.name, "bold"), ": ", (state, _STYLES[state]), f", {_progress(record, state, now)}"))
     if record.rounds:
         _print(_task_table(record), "", _site_table(record))
+    if (record.folder / "alone.json").is_file():
+        _print("", _harm_table(json.loads((record.folder / "alone.json").read_text())["sites"]))
     for note in record.notes:
         _print(Text(note, style="yellow"))
     if state == "silent":
@@ -160,7 +162,8 @@ def _task_table(record: RunRecord) -> Table:
 
 
 def _site_table(record: RunRecord) -> Table:
-    table = _table("Hospital", "Tasks", "Last round", "Answered", "Seconds", "MB")
+    table = _table("Hospital", "Tasks", "Last round", "Answered", "Seconds", "MB", "Gain dB")
+    scored: dict[str, float] = next((line["site_gain_db"] for line in reversed(record.rounds) if line.get("site_gain_db")), {})
     for site in record.sites:
         lines = [line["sites"][site] for line in record.rounds if site in line.get("sites", {})]
         if not lines:
@@ -174,12 +177,28 @@ def _site_table(record: RunRecord) -> Table:
             f"{answered}/{len(lines)}",
             _number(lines[-1].get("seconds"), ".1f"),
             _number(lines[-1].get("bytes", 0) / 1e6, ".1f"),
+            _number(scored.get(site), "+.2f"),
+        )
+    return table
+
+
+def _harm_table(sites: dict[str, dict[str, float]]) -> Table:
+    table = _table("Hospital", "Together dB", "Alone dB", "Difference dB")
+    for site, facts in sorted(sites.items()):
+        difference = facts["difference_db"]
+        table.add_row(
+            site,
+            _number(facts["together_gain_db"], "+.2f"),
+            _number(facts["alone_gain_db"], "+.2f"),
+            Text(_number(difference, "+.2f"), style="red" if difference < 0 else ""),
         )
     return table
 
 
 def _round_table(record: RunRecord) -> Table:
-    table = _table("Round", "Seconds", *(f"{task} dB" for task in record.tasks), "Mean gain", "Update", "Hospitals", "Left out")
+    table = _table(
+        "Round", "Seconds", *(f"{task} dB" for task in record.tasks), "Mean gain", "Worst", "Update", "Hospitals", "Left out"
+    )
     for line in record.rounds:
         sites = line.get("sites", {})
         left_out = [f"{site}: {facts.get('status')}" for site, facts in sorted(sites.items()) if facts.get("status") != "ok"]
@@ -188,11 +207,12 @@ def _round_table(record: RunRecord) -> Table:
             _number(line.get("seconds"), ".1f"),
             *(_number(_psnr(line, task, "restored"), ".2f") for task in record.tasks),
             _number(line.get("mean_gain_db"), "+.2f"),
+            _number(min((line.get("site_gain_db") or {}).values(), default=None), "+.2f"),
             _number(line.get("update_norm"), "#.3g"),
             f"{len(sites) - len(left_out)}/{len(sites)}",
             Text(", ".join(left_out) or "–", style="red" if left_out else ""),
         )
-    table.caption = "* the round whose model is released"
+    table.caption = "* the round whose model is released; Worst: the smallest gain of a hospital"
     return table
 
 

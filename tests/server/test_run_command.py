@@ -25,6 +25,7 @@ def line(number: int) -> dict[str, Any]:
         "seconds": 30.0,
         "update_norm": 1.5,
         "mean_gain_db": float(number),
+        "site_gain_db": {"ct-a": number - 0.25, "pet-b": number - 0.5},
         "best_round": number,
         "sites": {
             "ct-a": {"tasks": ["CT"], "status": "ok", "seconds": 3.0, "bytes": 2_000_000},
@@ -80,8 +81,19 @@ def test_status_of_a_run_that_goes_on(runs: Path) -> None:
     rows = {words[0]: words[1:] for words in map(str.split, result.output.splitlines()[1:]) if words}
     assert rows["CT"] == ["0.01", "1.900", "0.500", "round", "2", "27.00", "29.00", "+2.00"]
     assert rows["PET"] == ["0.02", "1.100", "0.500", "–", "–", "–", "–"]
-    assert rows["ct-a"] == ["CT", "ok", "2/2", "3.0", "2.0"]
-    assert rows["pet-b"] == ["PET", "NO_REPLY", "1/2", "–", "0.0"]
+    assert rows["ct-a"] == ["CT", "ok", "2/2", "3.0", "2.0", "+1.75"]
+    assert rows["pet-b"] == ["PET", "NO_REPLY", "1/2", "–", "0.0", "+1.50"]
+
+
+def test_status_says_who_is_better_off_alone(runs: Path) -> None:
+    facts = {"ct-a": (3.0, 2.0), "pet-b": (1.0, 1.5)}
+    sites = {
+        name: {"together_gain_db": together, "alone_gain_db": alone, "difference_db": together - alone}
+        for name, (together, alone) in facts.items()
+    }
+    (runs / "done" / "alone.json").write_text(json.dumps({"sites": sites}))
+    rows = [line.split() for line in tat_run("status", "done", "--runs", runs).output.splitlines()[-2:]]
+    assert rows == [["ct-a", "+3.00", "+2.00", "+1.00"], ["pet-b", "+1.00", "+1.50", "-0.50"]]
 
 
 def test_status_of_a_dead_run_is_an_exit_code(runs: Path) -> None:
@@ -95,6 +107,7 @@ def test_status_of_a_dead_run_is_an_exit_code(runs: Path) -> None:
 def test_show_lists_rounds_and_prints_one_in_full(runs: Path) -> None:
     table = tat_run("show", runs / "going").output
     assert "NO_REPLY" in table
+    assert "+1.50" in table
     assert "2*" in table
     assert json.loads(tat_run("show", runs / "going", "--round", 2).output) == line(2)
     assert [entry["round"] for entry in json.loads(tat_run("show", runs / "done", "--json").output)] == [1, 2, 3, 4]
