@@ -115,7 +115,8 @@ def test_a_late_reply_that_is_not_wanted_is_on_record(config: RunConfig, tmp_pat
         assert (facts["status"], facts["late_reply"]) == ("ok", outcome)
 
 
-def test_a_site_that_is_left_out_does_not_hold_the_round_open(config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["LEFT_OUT", "SITE_IO"])
+def test_a_site_that_cannot_reply_does_not_hold_the_round_open(config: RunConfig, tmp_path: Path, status: str) -> None:
     """Its task can have no quorum; waiting for one would cost the whole time limit every round."""
     federation = replace(config.federation, deadline_floor_s=0.05, deadline_factor=1.0, max_strikes=1)
     config = replace(config, num_rounds=3, federation=federation)
@@ -126,8 +127,11 @@ def test_a_site_that_is_left_out_does_not_hold_the_round_open(config: RunConfig,
         def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
             for news in super().ask(kind, instructions, timeout_s):
                 number = next(iter(instructions.values())).config["round"]
-                if news is not None and kind == "train" and news[0] == "d-pet" and number == 1:
-                    news = "d-pet", replace(news[1], config={})
+                if news is not None and kind == "train" and news[0] == "d-pet":
+                    if status == "LEFT_OUT" and number == 1:
+                        news = "d-pet", replace(news[1], config={})
+                    elif status == "SITE_IO" and number == 3:
+                        news = "d-pet", Packet(config={"error": status})
                 if not (news is not None and kind == "train" and news[0] == "b-ct" and number == 3):
                     yield news
             if kind == "train" and number == 3:
@@ -139,7 +143,7 @@ def test_a_site_that_is_left_out_does_not_hold_the_round_open(config: RunConfig,
     sites = Silent()
     run(config, sites, tmp_path / "run")
     statuses = {name: facts["status"] for name, facts in _records(tmp_path / "run")[2]["sites"].items()}
-    assert statuses == {"a-ct": "ok", "b-ct": "NO_REPLY", "c-mri": "ok", "d-pet": "LEFT_OUT"}
+    assert statuses == {"a-ct": "ok", "b-ct": "NO_REPLY", "c-mri": "ok", "d-pet": status}
     assert sites.waited < 50
 
 
