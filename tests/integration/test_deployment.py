@@ -67,7 +67,7 @@ def test_a_training_process_killed_in_mid_round_costs_time_and_no_bits(smoke_hos
 def test_a_hospital_that_restarts_under_another_number_is_asked_again(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     """Without a key every start of a SuperNode is a new node for Flower, and nobody can answer the old one's messages."""
     hospitals = [smoke_hospitals[i] for i in (0, 2)]
-    overrides = ["federation.num_sites=2", f"output_dir={tmp_path / 'deployed'}"]
+    overrides = ["federation.num_sites=2", "num_rounds=1", f"output_dir={tmp_path / 'deployed'}"]
     kill = _KillOnce("mri-pd", tmp_path / "mri-pd.log", "flower-supernode")
     with no_process_left():
         consortium = _deploy(hospitals, tmp_path)
@@ -76,7 +76,7 @@ def test_a_hospital_that_restarts_under_another_number_is_asked_again(smoke_hosp
     logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
     assert kill.done, logs
     assert "mri-pd was lost; it is asked again when it is back" in logs
-    config = load_config("smoke", ["federation.num_sites=2"])
+    config = load_config("smoke", ["federation.num_sites=2", "num_rounds=1"])
     run(config, LocalSites(hospitals, config), tmp_path / "alone")
     assert _hashes(tmp_path / "deployed" / "smoke") == _hashes(tmp_path / "alone"), logs
 

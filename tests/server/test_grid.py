@@ -29,7 +29,7 @@ from server.grid import FlowerSites
 from tat_core.config import RunConfig
 from tat_core.packet import Packet, echo
 
-LEASE_S = 0.4  # Flower calls a node offline after two heartbeats
+LEASE_S = 1.5  # Flower calls a node offline after two heartbeats
 
 
 @dataclass
@@ -113,7 +113,7 @@ def living(*nodes: Node) -> Iterator[None]:
 
 @pytest.fixture
 def waiting(config: RunConfig) -> RunConfig:
-    times = {"num_sites": 2, "wait_timeout_s": 2.0, "rejoin_timeout_s": 2.0}
+    times = {"num_sites": 2, "wait_timeout_s": 2.0, "rejoin_timeout_s": 4.0}
     return replace(config, federation=replace(config.federation, **times))
 
 
