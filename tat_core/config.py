@@ -92,6 +92,11 @@ class TrainConfig:
     betas: tuple[float, float] = setting(
         (0.9, 0.99), "AdamW's decay rates of the first and second moment.", at_least=0.0, below=1.0
     )
+    adam_eps: float = setting(
+        1e-8,
+        "AdamW's ε; a small network whose output starts small has gradients below the usual 1e-8, and stands still.",
+        above=0.0,
+    )
     weight_decay: float = setting(1e-4, "AdamW's weight decay.", at_least=0.0)
     schedule: str = setting(
         "cosine", "Learning rate over num_rounds * train.local_steps: cosine or constant.", choices=("cosine", "constant")

@@ -44,7 +44,9 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 def make_optimiser(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW as published (arXiv:2512.14550: β = 0.9, 0.99)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        trained, lr=config.lr, betas=config.betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True
+    )
 
 
 def train(
