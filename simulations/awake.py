@@ -1,11 +1,11 @@
 """Does the hypernetwork matter? `python -m simulations.awake [--seeds 3] [--steps 600] [--long 3000]`.
 
 Trains the demonstration's small TAT on the six sample hospitals in turn, one batch of one hospital a step, from four starts: as
-published, with a smaller ε in AdamW, awake, and awake with a code of its own for each task; the same patches for all. Writes docs/results/awake.json and
-awake.svg: over the steps the share of the depth-wise kernels that is generated, and what is lost on validation slices when
-every image gets the same mean kernels; at the end the gain over the input on test slices, and how often the task can be read from
-the kernels. The published start also runs for ``--long`` steps once. About 40 minutes on one CPU core; runs that awake.json holds
-are not repeated.
+published, with a smaller ε in AdamW, awake, and awake with a code of its own for each task; the same patches for all. Writes
+docs/results/awake.json and awake.svg: over the steps the share of the depth-wise kernels that is generated, and what is lost on
+validation slices when every image gets the same mean kernels; at the end the gain over the input on test slices, and how often
+the task can be read from the kernels. The published start also runs for ``--long`` steps once. About 40 minutes on one CPU core;
+runs that awake.json holds are not repeated.
 """
 
 from __future__ import annotations
