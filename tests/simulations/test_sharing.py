@@ -34,7 +34,7 @@ def hospital(smoke_hospitals: list[Path], tmp_path: Path) -> Path:
 
 
 def _instruct(model: dict[str, np.ndarray], number: int, config: RunConfig) -> Packet:
-    facts = {"run": RUN, "round": number, "base": model_hash(model), "steps": config.train.local_steps}
+    facts = {"run": RUN, "round": number, "base": model_hash(model), "nonce": "n", "steps": config.train.local_steps}
     return Packet(model, {}, facts)
 
 
