@@ -201,7 +201,9 @@ class PrivacyConfig:
     clip_norm: float = setting(1.0, "Length to which a patient's gradient is shortened.", above=0.0)
     patches_per_patient: int = setting(1, "Patches averaged into one patient's gradient before it is shortened.", at_least=1)
     groups: tuple[str, ...] = setting(
-        GROUPS, "Parameter groups that are trained; the others stay as they are. Fewer parameters mean less noise.", choices=GROUPS
+        GROUPS,
+        "Parameter groups that are trained; the others stay as they are. Fewer parameters mean less noise.",
+        choices=GROUPS,
     )
     statistics_share: float = setting(
         0.05, "Share of each step's privacy that pays for the loss statistics.", above=0.0, below=1.0

@@ -103,11 +103,10 @@ def _layer_norm(leaf: nn.LayerNorm, taken: Tensor, grad: Tensor) -> list[Tensor]
 
 def _conv(leaf: nn.Conv2d, taken: Tensor, grad: Tensor) -> list[Tensor]:
     """B images of C channels as one of B·C, so that every sample has weights, and a gradient, of its own."""
-    batch = len(taken)
-    weight = leaf.weight.repeat(batch, 1, 1, 1)
-    wide_grad, wide = grad.reshape(1, -1, *grad.shape[2:]), taken.reshape(1, -1, *taken.shape[2:])
-    by_sample = torch.nn.grad.conv2d_weight(wide, weight.shape, wide_grad, padding=1, groups=batch)
-    weights = by_sample.view(batch, *leaf.weight.shape)
+    batch, (out_channels, *kernel) = len(taken), leaf.weight.shape
+    wide, wide_grad = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (taken, grad))
+    by_sample = torch.nn.grad.conv2d_weight(wide, (batch * out_channels, *kernel), wide_grad, padding=1, groups=batch)
+    weights = by_sample.view(batch, out_channels, *kernel)
     return [weights] if leaf.bias is None else [weights, grad.sum((2, 3))]
 
 

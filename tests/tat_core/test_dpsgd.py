@@ -22,9 +22,7 @@ from tat_core.model.tat import TAT, build_model
 from tat_core.tasks import TASKS
 from tat_core.train import make_optimiser, train
 
-SMALL = ModelConfig(
-    dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, tren_features=4, tren_code=8, kernel_init="awake"
-)
+SMALL = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, tren_features=4, tren_code=8, kernel_init="awake")
 # One patch as large as the slice, so that a patient's gradient does not depend on where it was cropped.
 TRAIN = TrainConfig(patch_size=24, batch_size=3, local_steps=2, lr=1e-3)
 UNBOUNDED = PrivacyConfig(enabled=True, clip_norm=1e12, noise_multiplier=0.0)
@@ -58,7 +56,9 @@ def images_of(split: PreparedSplit) -> tuple[torch.Tensor, torch.Tensor]:
     blocks=st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 2)]),
     start=st.sampled_from(["published", "awake"]),
 )
-def test_a_patients_gradient_is_the_batchs_part_of_it_for_every_parameter(batch, height, width, dim, heads, blocks, start) -> None:
+def test_a_patients_gradient_is_the_batchs_part_of_it_for_every_parameter(
+    batch, height, width, dim, heads, blocks, start
+) -> None:
     config = replace(SMALL, dim=dim, heads=heads, num_blocks=blocks, kernel_init=start)
     model = build_model(config, seed=1).double()
     lq, hq = torch.rand(2, batch, 1, height, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -122,7 +122,9 @@ def test_groups_that_are_not_trained_stay_to_the_bit() -> None:
     model = build_model(SMALL, seed=1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = PrivacyConfig(enabled=True, noise_multiplier=1.0, groups=("adapter",))
-    train(model, {"CT": patients("CT", 4)}, TRAIN, rng=np.random.default_rng(0), num_steps=2, private=PatientSgd(config, 1.0, 0.5))
+    train(
+        model, {"CT": patients("CT", 4)}, TRAIN, rng=np.random.default_rng(0), num_steps=2, private=PatientSgd(config, 1.0, 0.5)
+    )
     for name, p in model.named_parameters():
         assert torch.equal(before[name], p) == (group_of(name) != "adapter"), name
 
