@@ -1,9 +1,9 @@
 """What does privacy cost in image quality? `python -m simulations.privacy`.
 
-**Not a privacy claim.** The sample images come from one or two people per hospital, too few for any guarantee that leaves something to
-learn. So one make-believe hospital holds the training slices of all six, and every *slice* stands for a patient: 176 of them. Its
-network is trained at several budgets, with the noise that this number needs, and with the noise that a hospital of
-`LARGE` patients would need; the images are the same 176 in both. Writes docs/results/privacy.json and privacy.svg.
+**Not a privacy claim.** The sample images come from one or two people per hospital, too few for any guarantee that leaves
+something to learn. So one make-believe hospital holds the training slices of all six, and every *slice* stands for a patient. Its
+network is trained at several budgets, with the noise that so many patients need, and with the noise that a hospital of `LARGE`
+patients would need; the images are the same in both. Writes docs/results/privacy.json and privacy.svg.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,6 +31,7 @@ from tat_core.evaluate import evaluate_split
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import build_model
 from tat_core.privacy import epsilon_spent, noise_multiplier_for
+from tat_core.tasks import TASKS
 from tat_core.train import train
 
 LARGE = 5000
@@ -81,7 +81,7 @@ def slices_as_patients(splits: list[PreparedSplit]) -> dict[str, PreparedSplit]:
             for k in range(case.array.shape[1]):
                 name = f"{hospital}-{case.name}-{k}"
                 cases.setdefault(split.task.name, []).append(StoredCase(name, name, case.array[:, k : k + 1]))
-    return {split.task.name: PreparedSplit(split.task, cases[split.task.name]) for split in splits}
+    return {task: PreparedSplit(TASKS[task], found) for task, found in cases.items()}
 
 
 def one_run(

@@ -1,4 +1,4 @@
-"""DP-SGD whose example is a patient (Abadi et al., arXiv:1607.00133): what one step may learn of one patient is bounded and noised.
+"""DP-SGD whose example is a patient (Abadi et al., arXiv:1607.00133): what a step learns of one patient is bounded and noised.
 
 A step samples every patient of the site with the same probability, takes the gradient of a few random patches of each, shortens
 it to ``clip_norm``, adds them up, and adds Gaussian noise. The loss statistics that the coordinator balances the tasks with are

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 History = Sequence[tuple[float, float, int]]
-"""(noise multiplier, sample rate, number of steps) of each stretch of equal steps, as opacus keeps it; the order is irrelevant."""
+"""(noise multiplier, sample rate, number of steps) of each stretch of equal steps, as opacus keeps it; in any order."""
 
 _PRV_UP_TO = 50.0  # its tables grow with ε, and above this nobody asks for the second digit
 

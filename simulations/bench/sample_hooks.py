@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from tat_core.model.blocks import GateIn, GateOut, HeadTemperature, KernelMix, SharedKernel
 from tat_core.model.tat import TAT
@@ -78,7 +79,7 @@ def clipped_sum(gradients: dict[str, Tensor], clip_norm: float) -> Tensor:
 
 
 def _per_row(grad: Tensor, taken: Tensor) -> Tensor:
-    """Weight gradient of a linear map, (B, out, in). Features are (H, W, B, C); codes (B, C) and maps (B, rows, C) start with B."""
+    """Weight gradient of a linear map, (B, out, in): of features (H, W, B, C), codes (B, C) or maps (B, rows, C)."""
     if grad.ndim == 4:
         return torch.einsum("hwbo,hwbi->boi", grad, taken)
     return torch.einsum("b...o,b...i->boi", grad, taken)
@@ -105,7 +106,7 @@ def _conv(leaf: nn.Conv2d, taken: Tensor, grad: Tensor) -> list[Tensor]:
     """B images of C channels as one of B·C, so that every sample has weights, and a gradient, of its own."""
     batch, (out_channels, *kernel) = len(taken), leaf.weight.shape
     wide, wide_grad = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (taken, grad))
-    by_sample = torch.nn.grad.conv2d_weight(wide, (batch * out_channels, *kernel), wide_grad, padding=1, groups=batch)
+    by_sample = conv2d_weight(wide, (batch * out_channels, *kernel), wide_grad, padding=1, groups=batch)
     weights = by_sample.view(batch, out_channels, *kernel)
     return [weights] if leaf.bias is None else [weights, grad.sum((2, 3))]
 

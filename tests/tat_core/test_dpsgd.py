@@ -20,7 +20,7 @@ from tat_core.groups import group_of
 from tat_core.loss import objective, per_sample_l1
 from tat_core.model.tat import TAT, build_model
 from tat_core.tasks import TASKS
-from tat_core.train import make_optimiser, train
+from tat_core.train import train
 
 SMALL = ModelConfig(dim=8, num_blocks=(1, 1, 1, 1), num_refinement_blocks=1, tren_features=4, tren_code=8, kernel_init="awake")
 # One patch as large as the slice, so that a patient's gradient does not depend on where it was cropped.
