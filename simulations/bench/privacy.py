@@ -61,10 +61,10 @@ def main() -> int:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.repeats + 1):
         for name, step in ways.items():
-            started = time.perf_counter()
+            started = time.process_time()
             step()
             if turn:  # the first warms up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(time.process_time() - started)
     # Ratios within a turn, so that what else the machine does weighs on both sides.
     ratios = {name: statistics.median(np.divide(values, seconds[PLAIN])) for name, values in seconds.items()}
     memory = {name: _memory(name) for name in ways}
