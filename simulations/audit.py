@@ -110,7 +110,7 @@ def make_update(model: TAT, split: PreparedSplit, case: Case, side: int) -> dict
         train(model, splits, config, rng=np.random.default_rng(0), num_steps=case.steps, optimiser=optimiser)
         return {name: before[name] - value for name, value in to_published(model).items()}
     privacy = PrivacyConfig(enabled=True, clip_norm=0.1 if case.noise is not None else 1e9)
-    PatientSgd(privacy, case.noise or 0.0, 1.0, np.random.default_rng(1).bytes).set_gradients(model, splits, config)
+    PatientSgd(privacy, case.noise or 0.0, 1.0, np.random.default_rng(1).bytes).set_gradients(model, splits, side)
     for parameter in model.parameters():
         assert parameter.grad is not None
         parameter.data.copy_(parameter.grad)

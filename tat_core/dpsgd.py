@@ -4,9 +4,6 @@ A step samples every patient of the site with the same probability, takes the gr
 it to ``clip_norm``, adds them up, and adds Gaussian noise. The loss statistics that the coordinator balances the tasks with are
 extra entries of the same vector, so that one Gaussian release a step is all that is ever accounted for. Validation scores are not
 released at all: a hospital's few validation patients would need noise far above the differences that the scores are for.
-
-Patients are taken one at a time, by plain backward passes: no layer needs a rule of its own, none can be forgotten, and on a CPU
-it is the fastest of the ways that were measured (docs/results/privacy.md).
 """
 
 from __future__ import annotations
@@ -19,19 +16,22 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-from tat_core.config import PrivacyConfig, RunConfig, TrainConfig
+from tat_core.config import PrivacyConfig, RunConfig
 from tat_core.data.patches import sample_patient
 from tat_core.data.prepared import PreparedSplit
 from tat_core.groups import group_of
-from tat_core.loss import TaskStats, count_by_task, objective, per_sample_l1
+from tat_core.loss import TaskStats, per_sample_l1
 from tat_core.privacy import noise_multiplier_for
+from tat_core.sample_gradients import per_sample_gradients
 
 log = logging.getLogger("fed_tat.site")
 
-# Largest value of a statistic, an L1 of images in 0..1, that counts in full: ten times what a usable network has.
+# Largest L1 of images in 0..1 that the statistics count in full: ten times what a usable network has.
 _LARGEST_L1 = 0.1
-_SCALES = (_LARGEST_L1, _LARGEST_L1, _LARGEST_L1, _LARGEST_L1**2)  # of the sums of TaskStats, in order
+# What is reported of a patch, as multiples of these: L1(lq, hq), L1(lq, restored), L1(restored, hq) and the last one's square.
+_SCALES = np.array([_LARGEST_L1, _LARGEST_L1, _LARGEST_L1, _LARGEST_L1**2])
 _LENGTH = math.sqrt(len(_SCALES))
+_TOGETHER = 8  # patches whose gradients are in memory at a time
 
 RandomBytes = Callable[[int], bytes]
 
@@ -60,93 +60,93 @@ class PatientSgd:
         self._expected: dict[str, float] = {}
 
     def set_gradients(
-        self, model: torch.nn.Module, splits: Mapping[str, PreparedSplit], train: TrainConfig, device: str = "cpu"
+        self, model: torch.nn.Module, splits: Mapping[str, PreparedSplit], patch_size: int, device: str = "cpu"
     ) -> None:
-        """Write one step's noisy mean gradient to ``.grad`` of the trained parameters, and none to the others'.
+        """Write one step's noisy mean gradient of the L1 to ``.grad`` of the trained parameters.
 
         Parameters
         ----------
         model : torch.nn.Module
         splits : mapping of task name to PreparedSplit
             The patients to sample from: all of the site's, or those of the task whose turn it is.
-        train : TrainConfig
-            Patch size and loss.
+        patch_size : int
         device : str
 
         Raises
         ------
         ValueError
-            A parameter that is to be trained has no influence on a patient's loss: its gradient could not be bounded.
+            A parameter that is to be trained has no influence on the loss: its gradient could not be bounded. Or no patient.
         """
         parameters = {name: p for name, p in model.named_parameters() if group_of(name) in self._config.groups}
-        size = sum(p.numel() for p in parameters.values())
+        sizes = [p.numel() for p in parameters.values()]
+        size, share, bound = sum(sizes), self._config.statistics_share, self._config.clip_norm
         patients = sorted({patient for split in splits.values() for patient in split.slices_by_patient})
+        if not patients:
+            raise ValueError("privacy: expected at least one patient of every task, got none; check splits.json")
         rng = np.random.default_rng(int.from_bytes(self._random_bytes(32)))
-        # One vector is released: gradient entries, then statistics. Each part's length is at most the root of its share.
-        gradient_unit = self._config.clip_norm / math.sqrt(1 - self._config.statistics_share)
-        statistics_unit = _LENGTH / math.sqrt(self._config.statistics_share)
+        sampled = [patient for patient, u in zip(patients, rng.random(len(patients)), strict=True) if u < self.sample_rate]
+        # One vector is released: gradient, then statistics. A patient's part of it is no longer than 1.
         total = torch.zeros(size + len(_SCALES) * len(splits), device=device)
-        for patient in (p for p, u in zip(patients, rng.random(len(patients)), strict=True) if u < self.sample_rate):
-            gradient, statistics = self._of_patient(model, parameters, splits, patient, train, rng, device)
-            length = float(gradient.norm())
-            if not math.isfinite(length):
-                log.warning("a patient's gradient is not finite and counts as zero")
-                continue
-            total[:size].add_(gradient, alpha=min(1.0, self._config.clip_norm / max(length, 1e-30)) / gradient_unit)
-            excess = max(1.0, float(statistics.norm()) / _LENGTH)
-            total[size:] += statistics / (excess * statistics_unit)
+        together = max(1, _TOGETHER // self._config.patches_per_patient)
+        for first in range(0, len(sampled), together):
+            gradients, statistics = self._contributions(
+                model, list(parameters), splits, sampled[first : first + together], patch_size, rng, device
+            )
+            total[:size] += _shortened_sum(gradients, bound) * (math.sqrt(1 - share) / bound)
+            total[size:] += _shortened_sum(statistics, _LENGTH) * (math.sqrt(share) / _LENGTH)
         if self.noise_multiplier:
             noise = torch.from_numpy(standard_normal(len(total), self._random_bytes)).to(device)
             total.add_(noise, alpha=self.noise_multiplier)
-        self._keep_statistics(total[size:].cpu().double().numpy() * statistics_unit, splits)
-        mean = total[:size] * (gradient_unit / (self.sample_rate * len(patients)))
-        model.zero_grad(set_to_none=True)
-        for parameter, part in zip(parameters.values(), mean.split([p.numel() for p in parameters.values()]), strict=True):
+        self._keep_statistics(total[size:].cpu().double().numpy() * (_LENGTH / math.sqrt(share)), splits)
+        mean = total[:size] * (bound / math.sqrt(1 - share) / (self.sample_rate * len(patients)))
+        for parameter, part in zip(parameters.values(), mean.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
 
     def statistics(self) -> dict[str, TaskStats]:
         """Noisy statistics of all steps so far, brought back into the range that they can have.
 
-        The count is the expected one: how many patients were really sampled is nobody's business.
+        The count is the expected one: how many patients were really sampled is nobody's business. The gradient's length is not
+        among them: after clipping it says little.
         """
         stats = {}
         for task, sums in self._sums.items():
             count = max(1, round(self._expected[task]))
             # A loss of zero would mean an endless weight to the balancer.
-            scaled = np.clip(sums / self._expected[task], [1e-3 * scale for scale in _SCALES], _SCALES) * count
+            scaled = np.clip(sums / self._expected[task], 1e-3 * _SCALES, _SCALES) * count
             stats[task] = TaskStats(count, *scaled.tolist())
         return stats
 
-    def _of_patient(
+    def _contributions(
         self,
         model: torch.nn.Module,
-        parameters: Mapping[str, torch.nn.Parameter],
+        names: list[str],
         splits: Mapping[str, PreparedSplit],
-        patient: str,
-        train: TrainConfig,
+        patients: list[str],
+        patch_size: int,
         rng: np.random.Generator,
         device: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A patient's gradient, flat, and statistics by task, as multiples of their scales."""
+        """Each patient's mean over its patches: gradients (P, parameters) and scaled statistics (P, tasks · 4)."""
         count = self._config.patches_per_patient
-        batch = sample_patient(splits, patient, count, train.patch_size, rng)
-        lq, hq = batch.lq.to(device), batch.hq.to(device)
-        restored = model(lq)
-        loss = per_sample_l1(restored, hq)
-        gradient = patient_gradient(objective(loss, train.loss), parameters)
-        seen = count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach())
-        values = [
-            value / (count * scale)
-            for stats in (seen.get(task, TaskStats()) for task in sorted(splits))
-            for value, scale in zip(
-                (stats.input_sum, stats.change_sum, stats.loss_sum, stats.loss_square_sum), _SCALES, strict=True
-            )
-        ]
-        return gradient, torch.tensor(values, device=device)
+        batches = [sample_patient(splits, patient, count, patch_size, rng) for patient in patients]
+        lq, hq = (torch.cat([getattr(batch, side) for batch in batches]).to(device) for side in ("lq", "hq"))
+        seen: list[torch.Tensor] = []
+
+        def loss_of(restored: torch.Tensor) -> torch.Tensor:
+            loss = per_sample_l1(restored, hq)
+            three = (per_sample_l1(lq, hq), per_sample_l1(lq, restored.detach()), loss.detach())
+            seen.append(torch.stack((*three, three[2].square()), 1))
+            return loss
+
+        by_name = per_sample_gradients(model, lq, loss_of, names)
+        gradients = torch.cat([by_name.pop(name).flatten(1) for name in names], 1)
+        belongs = torch.tensor([[task == own for task in sorted(splits)] for batch in batches for own in batch.tasks])
+        values = seen[0] / torch.from_numpy(_SCALES).to(seen[0])
+        statistics = (belongs.to(values)[:, :, None] * values[:, None, :]).flatten(1)
+        return _mean_of_each(gradients, count), _mean_of_each(statistics, count)
 
     def _keep_statistics(self, released: np.ndarray, splits: Mapping[str, PreparedSplit]) -> None:
-        for number, task in enumerate(sorted(splits)):
-            sums = released[len(_SCALES) * number :][: len(_SCALES)] * _SCALES
+        for task, sums in zip(sorted(splits), released.reshape(-1, len(_SCALES)) * _SCALES, strict=True):
             self._sums[task] = self._sums.get(task, 0.0) + sums
             self._expected[task] = self._expected.get(task, 0.0) + self.sample_rate * splits[task].num_patients
 
@@ -181,22 +181,19 @@ def patient_sgd(config: RunConfig, splits: Mapping[str, PreparedSplit], random_b
     return PatientSgd(privacy, sigma, rate, random_bytes)
 
 
-def patient_gradient(loss: torch.Tensor, parameters: Mapping[str, torch.nn.Parameter]) -> torch.Tensor:
-    """The gradient of one patient's loss, flat, in the parameters' order.
+def _mean_of_each(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(P · count, n) → (P, n)."""
+    return rows if count == 1 else rows.unflatten(0, (-1, count)).mean(1)
 
-    Raises
-    ------
-    ValueError
-        The loss does not depend on one of the parameters.
-    """
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            raise ValueError(
-                f"privacy: expected a gradient for every trained parameter, got none for {name}; "
-                "leave its group out of privacy.groups"
-            )
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+def _shortened_sum(rows: torch.Tensor, bound: float) -> torch.Tensor:
+    """Sum of the rows (P, n), each shortened to `bound`; one that is not finite counts as zero and stops nothing."""
+    lengths = rows.norm(dim=1)
+    if not bool(lengths.isfinite().all()):
+        log.warning("a patient's gradient is not finite and counts as zero")
+        rows = torch.where(lengths.isfinite()[:, None], rows, 0.0)
+        lengths = rows.norm(dim=1)
+    return (bound / lengths.clamp_min(bound)) @ rows
 
 
 def standard_normal(count: int, random_bytes: RandomBytes = os.urandom) -> np.ndarray:

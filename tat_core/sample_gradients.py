@@ -1,12 +1,12 @@
-"""Per-sample gradients of a whole batch at once, by a rule for each kind of leaf: the yardstick for tat_core/dpsgd.py.
+"""Each sample's own gradient, for a whole batch at once, by a rule for each kind of leaf module.
 
-What Opacus does, with rules of our own: its rule for convolutions is wrong for channels_last inputs, and the features are
-(H, W, B, C). Not part of the product, because it is slower there than one patient at a time (docs/results/privacy.md).
+What Opacus does, with rules of our own: its rule for convolutions is silently wrong for channels_last inputs, and the features
+are (H, W, B, C). A leaf watches its input and its output's gradient; from the two the rule makes the gradients of its parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,67 +15,80 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from tat_core.model.blocks import GateIn, GateOut, HeadTemperature, KernelMix, SharedKernel
-from tat_core.model.tat import TAT
+from tat_core.model.hypernet import TaskCode
 
+# Without the hypernetwork's own parameters among the wanted ones, no gradient leads through these to the image.
+_NO_WAY_TO_THE_IMAGE = (SharedKernel, KernelMix, TaskCode)
 # (leaf, its input, the gradient of its output) → gradients per sample, each (B, *parameter.shape), in the order of its parameters
 Rule = Callable[[Any, Tensor, Tensor], list[Tensor]]
 
 
-def per_sample_gradients(model: TAT, lq: Tensor, loss_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Name of every parameter → (B, *shape), the gradient of each sample's loss.
+def per_sample_gradients(
+    model: nn.Module, lq: Tensor, loss_of: Callable[[Tensor], Tensor], names: Collection[str]
+) -> dict[str, Tensor]:
+    """Name of each of the parameters `names` → (B, *shape), the gradient of each sample's loss.
 
     Parameters
     ----------
-    model : TAT
-        Sides of the images must be within its attention window.
+    model : torch.nn.Module
+        A TAT.
     lq : torch.Tensor (B, 1, H, W)
+        More than one only if they are small enough to be attended as a whole.
     loss_of : callable
         Restored images → (B,) losses.
+    names : collection of str
 
     Raises
     ------
     ValueError
-        A leaf with parameters has no rule, or did not take part.
+        A leaf with such parameters has no rule, or one took no part in the loss.
     """
-    leaves = {name: leaf for name, leaf in model.named_modules() if any(True for _ in leaf.parameters(recurse=False))}
+    leaves = {name: leaf for name, leaf in model.named_modules() if _own_names(name, leaf) & set(names)}
     found: dict[str, Tensor] = {}
+    # Nothing is computed but what leads from the loss to these.
+    ends = [lq.detach().requires_grad_()]
 
     def watch(name: str, leaf: nn.Module) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
         rule = _RULES.get(type(leaf))
         if rule is None:
-            raise ValueError(f"per-sample gradients: expected a rule for {name} ({type(leaf).__name__}), got none; add one")
-        names = [f"{name}.{parameter}" for parameter, _ in leaf.named_parameters(recurse=False)]
+            raise ValueError(f"privacy: expected a rule for {name} ({type(leaf).__name__}), got none; add one to {__name__}")
+        parameters = [f"{name}.{parameter}" for parameter, _ in leaf.named_parameters(recurse=False)]
+
+        def keep(taken: Tensor, grad: Tensor) -> None:
+            precise = torch.promote_types(torch.promote_types(taken.dtype, grad.dtype), torch.float32)
+            for parameter, value in zip(parameters, rule(leaf, taken.to(precise), grad.to(precise)), strict=True):
+                # An image in windows has a row for each.
+                found[parameter] = value if len(lq) > 1 else value.sum(0, keepdim=True)
 
         def forward_hook(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if not inputs[0].requires_grad or isinstance(leaf, _NO_WAY_TO_THE_IMAGE):
+                ends.extend(leaf.parameters(recurse=False))
             taken = inputs[0].detach()
-            output.register_hook(lambda grad: found.update(zip(names, rule(leaf, taken, grad), strict=True)))
+            output.register_hook(lambda grad: keep(taken, grad))
 
         return forward_hook
 
     handles = [leaf.register_forward_hook(watch(name, leaf)) for name, leaf in leaves.items()]
-    # The ordinary gradients are not wanted. What needs none of its inputs' must need one itself, or nothing would flow back.
-    needed = {"tren.entry"} | {name for name, leaf in leaves.items() if isinstance(leaf, SharedKernel)}
     try:
-        for name, leaf in leaves.items():
-            leaf.requires_grad_(name in needed)
-        sources = [p for name in sorted(needed) for p in leaves[name].parameters()]
-        lq = lq.detach().requires_grad_()
-        torch.autograd.grad(loss_of(model(lq)).sum(), [lq, *sources])
+        torch.autograd.grad(loss_of(model(ends[0])).sum(), ends, allow_unused=True)
     finally:
-        model.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    for name, _ in model.named_parameters():
+    for name in names:
         if name not in found:
-            raise ValueError(f"per-sample gradients: expected one for {name}, got none; it took no part in the loss")
-    return found
+            raise ValueError(
+                f"privacy: expected a gradient for every trained parameter, got none for {name}; "
+                "leave its group out of privacy.groups"
+            )
+        if len(found[name]) != len(lq):
+            raise ValueError(
+                f"privacy: expected patches within the attention window, got {tuple(lq.shape)}; lower train.patch_size"
+            )
+    return {name: found[name] for name in names}
 
 
-def clipped_sum(gradients: dict[str, Tensor], clip_norm: float) -> Tensor:
-    """Sum over the samples of their gradients shortened to `clip_norm`, flat in the order of names."""
-    flat = torch.cat([value.flatten(1) for value in gradients.values()], 1)
-    scales = (clip_norm / flat.norm(dim=1)).clamp_max(1.0)
-    return scales @ flat
+def _own_names(name: str, leaf: nn.Module) -> set[str]:
+    return {f"{name}.{parameter}" for parameter, _ in leaf.named_parameters(recurse=False)}
 
 
 def _per_row(grad: Tensor, taken: Tensor) -> Tensor:
@@ -119,6 +132,10 @@ def _shared_kernel(_: SharedKernel, __: Tensor, grad: Tensor) -> list[Tensor]:
     return [grad]
 
 
+def _task_code(_: TaskCode, __: Tensor, grad: Tensor) -> list[Tensor]:
+    return [grad]
+
+
 def _temperature(_: HeadTemperature, scores: Tensor, grad: Tensor) -> list[Tensor]:
     return [(grad * scores).sum((2, 3), keepdim=True)]
 
@@ -132,4 +149,5 @@ _RULES: dict[type[nn.Module], Rule] = {
     KernelMix: _kernel_mix,
     SharedKernel: _shared_kernel,
     HeadTemperature: _temperature,
+    TaskCode: _task_code,
 }
