@@ -153,7 +153,8 @@ def test_a_parameter_without_a_gradient_is_an_error_that_names_it() -> None:
     with pytest.raises(ValueError, match=r"got none for tren\.\S+; leave its group out"):
         PatientSgd(UNBOUNDED, 0.0, 1.0).set_gradients(FixedKernels(SMALL), {"CT": patients("CT", 2)}, TRAIN.patch_size)
     config = replace(UNBOUNDED, groups=("backbone", "adapter"))
-    PatientSgd(config, 0.0, 1.0).set_gradients(FixedKernels(SMALL), {"CT": patients("CT", 2)}, TRAIN.patch_size)
+    without_code = FixedKernels(replace(SMALL, task_code=False))
+    PatientSgd(config, 0.0, 1.0).set_gradients(without_code, {"CT": patients("CT", 2)}, TRAIN.patch_size)
 
 
 def test_a_patient_whose_gradient_is_not_finite_counts_as_zero() -> None:
