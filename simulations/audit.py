@@ -86,7 +86,7 @@ def main() -> None:
     with Progress() as progress:
         bar = progress.add_task("attacking", total=len(CASES) * options.iterations)
         for name, case in CASES.items():
-            model = build_model(replace(load_config("demo").model, kernel_init="published"), seed=1)
+            model = build_model(replace(load_config("demo").model, kernel_init="published", task_code=False), seed=1)
             state = to_published(model)
             update = make_update(model, one if case.batch == 1 else many, case, options.side)
             guesses[name] = invert(state, update, case.adam, options.side, options.iterations, lambda: progress.advance(bar))

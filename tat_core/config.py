@@ -198,7 +198,7 @@ class PrivacyConfig:
     noise_multiplier: float | None = setting(
         None, "Noise as a multiple of one patient's largest contribution, instead of epsilon; 0 is no privacy.", at_least=0.0
     )
-    clip_norm: float = setting(1.0, "Length to which a patient's gradient is shortened.", above=0.0)
+    clip_norm: float = setting(0.01, "Length to which a patient's gradient is shortened.", above=0.0)
     patches_per_patient: int = setting(1, "Patches averaged into one patient's gradient before it is shortened.", at_least=1)
     groups: tuple[str, ...] = setting(
         GROUPS,
