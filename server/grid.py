@@ -7,10 +7,13 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.sites import SiteInfo
+from tat_core.blobs import by_owner, pack, unpack
+from tat_core.code import code_hash
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
@@ -88,7 +91,8 @@ class FlowerSites:
 
     def _exchange(self, kind: str, packets: Mapping[int, Packet], timeout_s: float) -> Iterator[tuple[int, Packet] | None]:
         """Push one message a node (Flower needs a list) and pull until every node has answered or the time is up."""
-        contents = {id(packet): _encode(packet) for packet in packets.values()}
+        packed: dict[tuple[int, ...], Array] = {}
+        contents = {id(packet): _encode(packet, packed) for packet in packets.values()}
         messages = [
             Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
             for node, packet in packets.items()
@@ -111,19 +115,28 @@ class FlowerSites:
                 self._late = waiting
 
 
-def _encode(packet: Packet) -> RecordDict:
-    return RecordDict(
-        {
-            "model": ArrayRecord({name: Array(value) for name, value in packet.arrays.items()}),
-            "config": ConfigRecord(dict(packet.config)),
-        }
-    )
+def _encode(packet: Packet, packed: dict[tuple[int, ...], Array]) -> RecordDict:
+    """An instruction for Flower; what is in `packed` already, since another site is sent it too, is taken from there."""
+    arrays = {}
+    for owner, some in by_owner(packet.arrays).items():
+        key = tuple(map(id, some.values()))
+        if key not in packed:
+            blob = pack(some)
+            packed[key] = Array("uint8", (len(blob),), "packed", blob)
+        arrays[owner] = packed[key]
+    return RecordDict({"model": ArrayRecord(arrays), "config": ConfigRecord({**packet.config, "code": code_hash()})})
 
 
 def _decode(reply: Message) -> Packet:
     if reply.has_error():
         return Packet(config={"error": f"NODE_ERROR_{reply.error.code}"})
-    arrays = {name: array.numpy() for record in reply.content.array_records.values() for name, array in record.items()}
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for record in reply.content.array_records.values():
+            for array in record.values():
+                arrays |= unpack(array.data)
+    except ValueError:  # whatever bytes a site sends, they must not stop the run
+        return Packet(config={"error": "UNREADABLE"})
     metrics = _scalars(item for record in reply.content.metric_records.values() for item in record.items())
     config = _scalars(item for record in reply.content.config_records.values() for item in record.items())
     return Packet(arrays, metrics, config)  # type: ignore[arg-type]
