@@ -47,8 +47,8 @@ def evaluate(message: Message, context: Context) -> Message:
 def site_file(context: Context) -> Path:
     """The file of the hospital that this node serves.
 
-    A deployed node states it (``--node-config 'site="/path/site.yaml"'``). In a simulation the nodes are numbered, and number n is
-    the n-th site folder, in order of name, under the directory in the environment variable ``FED_TAT_SITES``.
+    A deployed node states it (``--node-config 'site="/path/site.yaml"'``). In a simulation the nodes are numbered, and
+    number n is the n-th site folder, in order of name, under the directory in the environment variable ``FED_TAT_SITES``.
 
     Raises
     ------

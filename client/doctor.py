@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def look(site: Site, coordinator: Coordinator) -> list[Finding]:
         "node key": lambda: check_key(coordinator),
         "disk": lambda: check_disk(site.state_dir),
         "device": lambda: check_device(site.device),
-        **{f"data {task}": lambda task=task, folder=folder: check_data(task, folder) for task, folder in site.data.items()},
+        **{f"data {task}": partial(check_data, task, folder) for task, folder in site.data.items()},
         "versions": check_versions,
     }
     return [_guarded(name, check) for name, check in checks.items()]

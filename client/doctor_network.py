@@ -8,9 +8,18 @@ import ssl
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.fleet_pb2 import ActivateNodeRequest
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.coordinator import Coordinator
 from client.finding import Finding, failed, passed, warning
@@ -38,9 +47,7 @@ def check_dns(coordinator: Coordinator) -> Finding:
     except OSError as error:
         if _proxy(coordinator):
             return warning("name", f"{coordinator.host} is not known here ({error}); the proxy has to know it")
-        return failed(
-            "name", f"{coordinator.host} is not known ({error}); correct coordinator.superlink, or ask who runs your DNS"
-        )
+        return failed("name", f"{coordinator.host} is not known ({error}); correct coordinator.superlink, or ask your IT")
     return passed("name", f"{coordinator.host} is {', '.join(sorted({str(entry[4][0]) for entry in found}))}")
 
 
@@ -101,18 +108,15 @@ def check_key(coordinator: Coordinator) -> Finding:
         return warning("node key", "none; a coordinator that admits registered sites only will refuse (`tat site enroll`)")
     if coordinator.key.stat().st_mode & 0o077:
         return failed("node key", f"{coordinator.key} can be read by others; chmod 600 it")
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import ActivateNodeRequest
-    from flwr.supercore.error import ApiErrorCode, FlowerError
-    from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
     private = load_ssh_private_key(coordinator.key.read_bytes(), None)
+    if not isinstance(private, EllipticCurvePrivateKey):
+        return failed("node key", f"{coordinator.key} is no EC key; make one with `tat site enroll`")
     public = private.public_key()
-    certificates = coordinator.root_certificates and str(coordinator.root_certificates)
-    interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, public)]
+    certificates = str(coordinator.root_certificates) if coordinator.root_certificates else None
+    interceptors: list[ProtobufClientInterceptor] = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(private, public),
+    ]
     with FleetHttpClient.from_server_address(coordinator.superlink, False, certificates, interceptors=interceptors) as client:
         try:
             client.ActivateNode(ActivateNodeRequest(public_key=public_key_to_bytes(public), heartbeat_interval=0))
@@ -136,7 +140,7 @@ def _proxy(coordinator: Coordinator) -> tuple[str, int] | None:
     """Host and port of the proxy that the environment names for the coordinator, as httpx reads it."""
     proxies = getproxies_environment()
     address = proxies.get("http" if coordinator.insecure else "https") or proxies.get("all")
-    if not address or proxy_bypass_environment(coordinator.host, proxies):
+    if not address or proxy_bypass(coordinator.host):
         return None
     parts = urlsplit(address if "//" in address else f"//{address}")
     return (parts.hostname, parts.port or 80) if parts.hostname else None

@@ -3,10 +3,10 @@
     python -m client.node supernode <arguments of flower-supernode> --isolation process
     python -m client.node clientapps HOST:PORT
 
-The first is Flower's SuperNode, which looks for messages as often as it is worth while instead of every 3 s. The second takes the
-place of its SuperExec: it has imported Flower and forks a process for each message, so that each message still has a process of its
-own, which may die without harm. Both rest on internals of the Flower version that pyproject.toml pins; tests/client/test_node.py
-notices when they move.
+The first is Flower's SuperNode, which looks for messages as often as it is worth while instead of every 3 s. The second takes
+the place of its SuperExec: it has imported Flower and forks a process for each message, so that each message still has a process
+of its own, which may die without harm. Both rest on internals of the Flower version that pyproject.toml pins;
+tests/client/test_node.py notices when they move.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def supernode() -> None:
             pace.wait(seconds)
 
     start_parent_process_monitor(os.getppid())
-    start_client_internal.time = SimpleNamespace(sleep=sleep)
+    start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
     sys.argv[0] = "flower-supernode"
     flower_supernode()
 

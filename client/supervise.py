@@ -25,7 +25,7 @@ class Group:
         Gives the command line of each by name, anew for every start; they are stopped in this order.
     environment : mapping
     first_pause_s : float
-        Between an end and the next start; it doubles up to a minute, and is forgotten by a group that lasted for longer than that.
+        Between an end and the next start; it doubles up to a minute, and is forgotten by a group that lasted longer than that.
         Flower refuses a node that it believes to be active still, for about a minute after a crash: the pauses outlast that.
     """
 

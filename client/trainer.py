@@ -3,8 +3,8 @@
     python -m client.trainer SITE_FILE SOCKET_FOLDER
 
 It runs nothing but the installed code, one request at a time. When whoever asked is gone or its time is up, the work is worth
-nothing: the process ends, in mid-step, and `flower-client` starts another. What it keeps on disk is written atomically, so the next
-one repeats the round exactly.
+nothing: the process ends, in mid-step, and `flower-client` starts another. What it keeps on disk is written atomically, so the
+next one repeats the round exactly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def serve(site_file: Path, folder: Path) -> grpc.Server:
 
     def respond(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         done = threading.Event()
-        context.add_callback(lambda: done.is_set() or _give_up())
+        context.add_callback(lambda: None if done.is_set() else _give_up())
         request = receive(messages)
         if request.header["code"] != own:
             done.set()

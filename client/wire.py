@@ -1,6 +1,6 @@
 """Between the ClientApp, a process for each message, and the warm trainer, which outlives them: gRPC on a Unix socket.
 
-Only the user who runs both may open the socket: it lies in a folder of his alone. Nothing here imports torch or numpy: a ClientApp
+Only the user who runs both may open the socket: it lies in a folder of that user alone. Nothing here imports torch: a ClientApp
 passes the message's bytes on as they are.
 """
 

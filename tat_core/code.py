@@ -21,7 +21,8 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         spec = find_spec(package)
-        assert spec is not None and spec.origin is not None, package  # all are in one distribution
+        assert spec is not None, package  # all are in one distribution
+        assert spec.origin is not None, package
         digest.update(folder_hash(Path(spec.origin).parent).encode())
     return digest.hexdigest()
 
