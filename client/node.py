@@ -26,7 +26,7 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
-SHORTEST_S, SHARE = 0.05, 0.05
+SHORTEST_S, SHARE = 0.1, 0.1
 WHILE_WORKING_S = 0.5  # what the SuperNode sleeps between two looks whether the ClientApp has replied
 ABSENT_S = 0.2
 
@@ -56,7 +56,7 @@ def supernode() -> None:
     def sleep(seconds: float) -> None:
         if seconds <= WHILE_WORKING_S:
             pace.happened()
-            time.sleep(SHORTEST_S)
+            time.sleep(SHORTEST_S / 2)
         else:
             pace.wait(seconds)
 

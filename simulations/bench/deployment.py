@@ -2,10 +2,10 @@
 
     python -m simulations.bench.deployment [--rounds 8] [--full-rounds 4] [--skip-full]
 
-Side by side: `flower-client` with its warm trainer, and Flower's own SuperNode, which starts a new Python for each message. Both run
-the same apps, so both profit from the model travelling as two arrays. The cost is a round's duration less what its slowest site
-worked, for each of its messages; the median over the rounds after the first. The smoke model is scored every round; the full one
-is not, as in its preset, and takes one small step, since training is not what is measured.
+Side by side: `flower-client` with its warm trainer, and Flower's own SuperNode, which starts a new Python for each message. Both
+run the same apps, so both profit from the model travelling as two arrays. The cost is a round's duration less what its slowest
+site worked, for each of its messages; the median over the rounds after the first. The smoke model is scored every round; the full
+one is not, as in its preset, and takes one small step, since training is not what is measured.
 """
 
 from __future__ import annotations
