@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from client.coordinator import Coordinator, read_coordinator
 from tat_core.tasks import TASKS
 
-KEYS = {"name", "scanner", "device", "data", "state_dir", "synthetic"}
+KEYS = {"name", "scanner", "device", "data", "state_dir", "synthetic", "coordinator"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Site:
         What must outlive a run: logs, ledgers, caches.
     synthetic : bool
         Whether the images were simulated.
+    coordinator : Coordinator or None
+        Whom `flower-client` connects to.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Site:
     data: dict[str, Path]
     state_dir: Path
     synthetic: bool
+    coordinator: Coordinator | None = None
 
 
 def load_site(path: Path) -> Site:
@@ -85,6 +89,7 @@ def load_site(path: Path) -> Site:
         data={task: (path.parent / folder).resolve() for task, folder in sorted(data.items())},
         state_dir=(path.parent / content.get("state_dir", "state")).resolve(),
         synthetic=content.get("synthetic", False),
+        coordinator=read_coordinator(path, content["coordinator"]) if "coordinator" in content else None,
     )
 
 
