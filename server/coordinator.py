@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from dataclasses import dataclass, fields
@@ -133,12 +134,16 @@ def proxy_command(config: CoordinatorConfig) -> list[str]:
 def proxy_configuration(config: CoordinatorConfig) -> str:
     """The proxy's configuration: Flower's Fleet paths, within limits, and nothing else."""
     template = jinja2.Template(
-        (resources.files("deploy") / "nginx.conf.j2").read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        (resources.files("deploy") / "nginx.conf.j2").read_text(),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
     )
     return template.render(
         config=config,
         certificate=config.folder / COORDINATOR,
         authority=config.folder / AUTHORITY,
+        is_root=os.geteuid() == 0,
     )
 
 

@@ -139,7 +139,7 @@ class Consortium:
             assert time.monotonic() < deadline, f"{what}: not after {timeout_s} s\n{self.logs()}"
             time.sleep(0.2)
 
-    def wait_for_end(self, timeout_s: float = 160.0) -> list[str]:
+    def wait_for_end(self, timeout_s: float = 240.0) -> list[str]:
         """Wait for the end of `tat coordinator up`, which must be good; the hash of the model after every round."""
         self.wait_for(lambda: self.processes["coordinator"].poll() is not None, timeout_s, "the end of the run")
         assert self.processes["coordinator"].returncode == 0, self.logs()

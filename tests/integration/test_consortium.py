@@ -30,13 +30,13 @@ FORBIDDEN = (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_three_hospitals_behind_tls_end_in_the_bits_of_the_simulation(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     hospitals = [smoke_hospitals[i] for i in (0, 2, 4)]
     consortium = Consortium(tmp_path, hospitals)
     with no_process_left():
         consortium.start()
-        consortium.wait_for(lambda: len(consortium.records()) > 0, 120, "the first round")
+        consortium.wait_for(lambda: len(consortium.records()) > 0, 240, "the first round")
         seen_from_outside = {path: _post(consortium, path) for path in FORBIDDEN}
         deployed = consortium.wait_for_end()
         codes = consortium.stop()
