@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,12 +22,18 @@ from client.site import load_site
 from tat_core.environment import QUIET_ENVIRONMENT
 
 BINARIES = Path(sys.executable).parent
-ENVIRONMENT = {**os.environ, **QUIET_ENVIRONMENT, "PATH": f"{BINARIES}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+
+
+def environment() -> dict[str, str]:
+    """Of every process that a test starts."""
+    return {**os.environ, **QUIET_ENVIRONMENT, "PATH": f"{BINARIES}:{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
 
 
 def tat(*arguments: object) -> str:
     """`tat …`, which must succeed; what it printed."""
-    done = subprocess.run([BINARIES / "tat", *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [BINARIES / "tat", *map(str, arguments)], capture_output=True, text=True, env=environment(), check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -60,16 +67,18 @@ class Consortium:
         self.coordinator = folder / "coordinator"
         self.address = f"{host}:{_free_port()}"
         self.run = self.coordinator / "runs" / "smoke"
+        self.overrides = [f"federation.num_sites={len(hospitals)}", *overrides]
         self.sites: dict[str, Path] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         tat("provision", "init", "--folder", self.coordinator, "--name", host)
-        self.configure(preset="smoke", overrides=[f"federation.num_sites={len(hospitals)}", *overrides])
+        self.configure(preset="smoke", overrides=self.overrides)
         for hospital in hospitals:
             self.admit(hospital)
 
     def configure(self, **settings: Any) -> None:
         """Write coordinator.yaml."""
-        content = {"listen": self.address, "superlink_port": _free_port(), **settings}
+        self.superlink_port = _free_port()
+        content = {"listen": self.address, "superlink_port": self.superlink_port, **settings}
         (self.coordinator / "coordinator.yaml").write_text(yaml.safe_dump(content))
 
     def admit(self, hospital: Path) -> None:
@@ -86,9 +95,9 @@ class Consortium:
             fingerprint,
         )
 
-    def new_site(self, hospital: Path) -> Path:
+    def new_site(self, hospital: Path, name: str | None = None) -> Path:
         """A site.yaml that shares the hospital's data and has its own state."""
-        site = self.folder / hospital.name / "site.yaml"
+        site = self.folder / (name or hospital.name) / "site.yaml"
         site.parent.mkdir()
         content = yaml.safe_load((hospital / "site.yaml").read_text())
         content |= {
@@ -96,7 +105,7 @@ class Consortium:
             "state_dir": "state",
         }
         site.write_text(yaml.safe_dump(content))
-        self.sites[hospital.name] = site
+        self.sites[name or hospital.name] = site
         return site
 
     def enroll(self, site: Path) -> str:
@@ -183,7 +192,7 @@ class Consortium:
         with open(self.folder / f"{who}.log", "ab") as log:
             process = subprocess.Popen(
                 [*self._inside(who), *prefix, str(BINARIES / command[0]), *command[1:]],
-                env={**ENVIRONMENT, "FED_TAT_TEST_WHO": who},
+                env={**environment(), "FED_TAT_TEST_WHO": who},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -191,6 +200,15 @@ class Consortium:
             )
         self.processes[who] = process
         return process
+
+
+def post(consortium: Consortium, path: str) -> int:
+    """The status of a request for exactly this path; a client library would tidy it first."""
+    host, _, port = consortium.address.rpartition(":")
+    context = ssl.create_default_context(cafile=consortium.coordinator / "authority" / "ca.pem")
+    with socket.create_connection((host, int(port)), 10) as plain, context.wrap_socket(plain, server_hostname=host) as wire:
+        wire.sendall(f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        return int(wire.recv(4096).split()[1])
 
 
 def read_rounds(run: Path) -> list[dict[str, Any]]:

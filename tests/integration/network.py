@@ -33,6 +33,10 @@ class Network:
         """The namespace's name."""
         return f"{self._prefix}-{self._numbers.get(who, 0)}"
 
+    def address(self, hospital: str) -> str:
+        """The hospital's address, as the coordinator sees it."""
+        return f"10.71.{self._numbers[hospital]}.2"
+
     def set_link(self, hospital: str, state: str) -> None:
         """Cut or mend (``down``, ``up``) a hospital's link, in the middle: neither end is told."""
         _ip("-n", self.namespace("coordinator"), "link", "set", f"site{self._numbers[hospital]}", state)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
 from pathlib import Path
 
 import pytest
-from consortium import Consortium, hashes
+from consortium import Consortium, hashes, post
 
 from server.strategy import run
 from simulations.inprocess import LocalSites
@@ -37,7 +35,7 @@ def test_three_hospitals_behind_tls_end_in_the_bits_of_the_simulation(smoke_hosp
     with no_process_left():
         consortium.start()
         consortium.wait_for(lambda: len(consortium.records()) > 0, 240, "the first round")
-        seen_from_outside = {path: _post(consortium, path) for path in FORBIDDEN}
+        seen_from_outside = {path: post(consortium, path) for path in FORBIDDEN}
         deployed = consortium.wait_for_end()
         codes = consortium.stop()
     config = load_config("smoke", ["federation.num_sites=3"])
@@ -45,12 +43,3 @@ def test_three_hospitals_behind_tls_end_in_the_bits_of_the_simulation(smoke_hosp
     assert deployed == hashes(tmp_path / "alone")
     assert seen_from_outside == dict.fromkeys(FORBIDDEN, 403)
     assert set(codes.values()) == {0}, consortium.logs()
-
-
-def _post(consortium: Consortium, path: str) -> int:
-    """The answer to a request sent exactly as written: a client library would tidy the path first."""
-    host, _, port = consortium.address.rpartition(":")
-    context = ssl.create_default_context(cafile=consortium.coordinator / "authority" / "ca.pem")
-    with socket.create_connection((host, int(port)), 10) as plain, context.wrap_socket(plain, server_hostname=host) as wire:
-        wire.sendall(f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
-        return int(wire.recv(4096).split()[1])
