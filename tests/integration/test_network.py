@@ -32,6 +32,7 @@ pytestmark = [
 ]
 
 TABLE = Path(__file__).parents[2] / "docs" / "reliability.md"
+HEAD = "| mishap | expected | seen | seconds |"
 START = "<!-- written by tests/integration/test_network.py -->\n"
 # A round that a hospital missed must not show in its next one, so that the same rounds can be computed again without Flower.
 FRESH = "train.keep_optimiser=false"
@@ -95,10 +96,16 @@ def rows() -> Iterator[list[tuple[str, ...]]]:
     found: list[tuple[str, ...]] = []
     yield found
     if os.environ.get("FED_TAT_WRITE_TABLE"):
-        head = ["| mishap | expected | seen | seconds |", "|---|---|---|---|"]
-        table = "\n".join([*head, *(f"| {' | '.join(row)} |" for row in found)])
-        before = TABLE.read_text().partition(START)[0]
-        TABLE.write_text(f"{before}{START}\n{table}\n")
+        write_table(found)
+
+
+def write_table(found: list[tuple[str, ...]]) -> None:
+    """Replace the rows of the mishaps that were just tried; the others stay."""
+    text, _, before = TABLE.read_text().partition(START)
+    rows = {line.split(" | ")[0]: line for line in before.splitlines() if line.startswith("| ")}
+    rows |= {f"| {row[0]}": f"| {' | '.join(row)} |" for row in found}
+    rows.pop(HEAD.split(" | ")[0], None)
+    TABLE.write_text(f"{text}{START}\n" + "\n".join([HEAD, "|---|---|---|---|", *(rows[key] for key in sorted(rows))]) + "\n")
 
 
 @pytest.fixture
