@@ -66,7 +66,8 @@ def list_sites(folder: Folder = Path()) -> None:
     except httpx.HTTPError:
         typer.echo("the coordinator does not run, so nobody is there")
         status = {}
-    table = Table("Hospital", "State", "Approved", "Key", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table("Hospital", "State", "Approved", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("Key", overflow="fold")
     for site in consortium.read_sites(folder):
         state = f"revoked {site.revoked_at[:10]}" if site.revoked_at else status.get(site.name, "–")
         table.add_row(site.name, state, site.approved_at[:10], site.fingerprint)
