@@ -17,6 +17,7 @@ from client.state import load_optimiser, save_optimiser
 from tat_core.checkpoint import arrays_of, load_arrays, model_hash
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
+from tat_core.dpsgd import patient_sgd
 from tat_core.evaluate import evaluate_split
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import TAT
@@ -73,9 +74,11 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     run = str(instruction.config["run"])
     if config.train.keep_optimiser:
         load_optimiser(site, run, round_number, optimiser)
+    splits = training_splits(site, config)
+    private = patient_sgd(config, splits) if config.privacy.enabled else None
     result = train(
         model,
-        training_splits(site, config),
+        splits,
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
         num_steps=steps,
@@ -84,6 +87,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         device=site.device,
         optimiser=optimiser,
         own=own,
+        private=private,
     )
     if config.train.keep_optimiser:
         save_optimiser(site, run, round_number, optimiser)
@@ -105,8 +109,13 @@ def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
 
 
 def score_validation(site: Site, config: RunConfig, network_for: Callable[[str], TAT]) -> dict[str, int | float]:
-    """Sums and counts of a model's scores on the validation patients, by task; a task without any is absent."""
+    """Sums and counts of a model's scores on the validation patients, by task; a task without any is absent.
+
+    With differential privacy there are none: they are exact, and what leaves must not be (tat_core/dpsgd.py).
+    """
     metrics: dict[str, int | float] = {}
+    if config.privacy.enabled:
+        return metrics
     for task in (t for t in config.tasks if t in site.data):
         split = _split(site, task, "validation")
         if len(split):

@@ -81,6 +81,11 @@ def balanced_loss(loss: torch.Tensor, square_weight: torch.Tensor) -> torch.Tens
     return (0.5 / (square_weight + EPSILON) * loss + 0.5 * torch.log(1 + square_weight)).mean()
 
 
+def objective(loss: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a step minimises, from each sample's loss (B,): the mean ("l1") or the published balance of it ("balanced")."""
+    return loss.mean() if kind == "l1" else balanced_loss(loss, optimal_square_weight(loss.detach()))
+
+
 def count_by_task(
     tasks: Sequence[str], lq: torch.Tensor, restored: torch.Tensor, hq: torch.Tensor, loss: torch.Tensor
 ) -> dict[str, TaskStats]:

@@ -13,7 +13,8 @@ import torch
 from tat_core.config import TrainConfig
 from tat_core.data.patches import sample_batch
 from tat_core.data.prepared import PreparedSplit
-from tat_core.loss import TaskStats, add_stats, balanced_loss, count_by_task, optimal_square_weight, per_sample_l1
+from tat_core.dpsgd import PatientSgd
+from tat_core.loss import TaskStats, add_stats, count_by_task, objective, per_sample_l1
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def train(
     device: str = "cpu",
     optimiser: torch.optim.Optimizer | None = None,
     own: Mapping[str, dict[str, torch.Tensor]] | None = None,
+    private: PatientSgd | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a model in place for a fixed number of steps.
@@ -77,6 +79,9 @@ def train(
         To go on with its state; a fresh AdamW otherwise.
     own : mapping of task name to (parameter name to tensor), optional
         Parameters that each task has of its own, updated in place. A batch is then of one task, drawn uniformly.
+    private : PatientSgd, optional
+        Gives the steps' gradients and the statistics instead, with differential privacy; it samples patients and draws noise by
+        itself, so that weights do not repeat.
     on_step : callable, optional
         Called with the number of steps done.
 
@@ -98,24 +103,35 @@ def train(
             task = sorted(splits)[rng.integers(len(splits))]
             drawn, task_own = {task: splits[task]}, own[task]
             _copy({name: model.get_parameter(name) for name in task_own}, task_own)
-        batch = sample_batch(drawn, config.batch_size, config.patch_size, rng)
-        lq, hq = batch.lq.to(device), batch.hq.to(device)
-        restored = model(lq)
-        loss = per_sample_l1(restored, hq)
-        objective = loss.mean() if config.loss == "l1" else balanced_loss(loss, optimal_square_weight(loss.detach()))
-        optimiser.zero_grad(set_to_none=True)
-        objective.backward()
+        if private is not None:
+            private.set_gradients(model, drawn, config, device)
+        else:
+            seen = _set_gradients(model, drawn, config, rng, device)
+            stats = add_stats(stats, seen)
+            if not all(math.isfinite(s.loss_sum) for s in seen.values()):
+                raise ValueError(
+                    f"train: expected a finite loss, got another at step {first_step + done}; lower train.lr or check the data"
+                )
         optimiser.step()
         _copy(task_own, {name: model.get_parameter(name) for name in task_own})
-        stats = add_stats(stats, count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach()))
-        if not all(math.isfinite(s.loss_sum) for s in stats.values()):
-            raise ValueError(
-                f"train: expected a finite loss, got {objective.item()} at step {first_step + done}; "
-                "lower train.lr or check the data"
-            )
         if on_step is not None:
             on_step(done + 1)
+    if private is not None:
+        stats = private.statistics()
     return TrainResult(stats, num_steps, time.perf_counter() - started)
+
+
+def _set_gradients(
+    model: torch.nn.Module, splits: Mapping[str, PreparedSplit], config: TrainConfig, rng: np.random.Generator, device: str
+) -> dict[str, TaskStats]:
+    """Write the mean gradient of one batch to the parameters' ``.grad``; return the batch's statistics."""
+    batch = sample_batch(splits, config.batch_size, config.patch_size, rng)
+    lq, hq = batch.lq.to(device), batch.hq.to(device)
+    restored = model(lq)
+    loss = per_sample_l1(restored, hq)
+    model.zero_grad(set_to_none=True)
+    objective(loss, config.loss).backward()
+    return count_by_task(batch.tasks, lq, restored.detach(), hq, loss.detach())
 
 
 @torch.no_grad()

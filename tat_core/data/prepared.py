@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class PreparedSplit:
     def num_patients(self) -> int:
         """How many different patients the split holds."""
         return len({case.patient for case in self.cases})
+
+    @cached_property
+    def slices_by_patient(self) -> dict[str, list[int]]:
+        """Pseudonym of each patient to the indices of that patient's slices. Stays at the site."""
+        slices: dict[str, list[int]] = {}
+        for case, end in zip(self.cases, self._ends, strict=True):
+            slices.setdefault(case.patient, []).extend(range(end - case.array.shape[1], end))
+        return slices
 
     def _locate(self, index: int) -> tuple[StoredCase, int]:
         if not 0 <= index < len(self):
