@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.alone import baseline_round
+from client.outgoing import refusal
 from client.site import Site, load_site
-from client.work import describe, evaluate_round, handle, train_round
-from tat_core.config import RunConfig, load_config
+from client.work import Action, describe, evaluate_round, handle, refuse, train_round
+from tat_core.config import load_config
 from tat_core.packet import Packet
 
 app = ClientApp()
@@ -71,16 +71,21 @@ def site_of(context: Context) -> Site:
     return load_site(files[number])
 
 
-def _answer(action: Callable[[Site, RunConfig, Packet], Packet], message: Message, context: Context) -> Message:
+def _answer(action: Action, message: Message, context: Context) -> Message:
+    site = None
     try:
         site = site_of(context)
         _log_to(site.state_dir / "site.log")
         config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
-    except (ValueError, OSError):
+        instruction = _decode(message.content)
+    except Exception:  # Flower would send the text of any
         # Before the site is known there is no log of its own; standard error stays on the site's machine.
         logging.getLogger("fed_tat").exception("refused before any work")
-        return Message(_encode(Packet(config={"error": "SITE_CONFIGURATION"})), reply_to=message)
-    return Message(_encode(handle(action, site, config, _decode(message.content))), reply_to=message)
+        code = "SITE_CONFIGURATION"
+        reply = refusal(code) if site is None else refuse(site, action, Packet(), code)
+    else:
+        reply = handle(action, site, config, instruction)
+    return Message(_encode(reply), reply_to=message)
 
 
 def _log_to(path: Path) -> None:
