@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +44,8 @@ def status(site: SiteFile = Path("site.yaml")) -> None:
     paused = pause_file(hospital)
     typer.echo(f"{hospital.name}: {'paused since ' + paused.read_text().strip() if paused.exists() else 'takes part'}")
     limit = hospital.max_rounds_per_day
-    typer.echo(f"rounds in the last 24 hours: {ledger.rounds_today(hospital)} of {limit or 'any number'}")
+    today = sum(entry["reserved_at"] > time.time() - ledger.DAY_S for entry in ledger.rounds(hospital))
+    typer.echo(f"rounds in the last 24 hours: {today} of {limit or 'any number'}")
     for task, folder in hospital.data.items():
         split = training_split(folder)
         offered = "offered" if split.num_patients >= hospital.minimum_patients else "NOT offered: below minimum_patients"
