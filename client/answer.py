@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 from client.alone import baseline_round
-from client.site import Site, load_site
+from client.outgoing import refusal
+from client.site import load_site
 from client.wire import Parcel
-from client.work import describe, evaluate_round, handle, train_round
+from client.work import Action, describe, evaluate_round, handle, refuse, train_round
 from tat_core.blobs import by_owner, pack, unpack
 from tat_core.code import code_hash
-from tat_core.config import RunConfig, load_config
+from tat_core.config import load_config
 from tat_core.packet import Packet
 
 log = logging.getLogger("fed_tat.site")
 
-ACTIONS: dict[str, Callable[[Site, RunConfig, Packet], Packet]] = {
+ACTIONS: dict[str, Action] = {
     "query": describe,
     "train": train_round,
     "train.baseline": baseline_round,
@@ -41,24 +41,25 @@ def answer(site_file: Path, request: Parcel) -> Parcel:
     """
     started = time.perf_counter()
     header = request.header
+    action = ACTIONS[header["kind"]]
     try:
         site = load_site(site_file)
         log_to(site.state_dir / "site.log")
-        config = _configuration(header["preset"], header["overrides"])
     except (ValueError, OSError):
         # Before the site is known there is no log of its own; standard error stays on the site's machine.
         logging.getLogger("fed_tat").exception("refused before any work")
-        return _parcel(Packet(config={"error": "SITE_CONFIGURATION"}))
+        return _parcel(refusal("SITE_CONFIGURATION"))
     stated = header["config"].get("code")
     if stated != code_hash() and not (site.coordinator and site.coordinator.accept_other_code):
         log.warning("refused: CODE_MISMATCH: the coordinator runs %s, this site %s", str(stated)[:12], code_hash()[:12])
-        return _parcel(Packet(config={"site": site.name, "error": "CODE_MISMATCH"}))
+        return _parcel(refuse(site, action, Packet(), "CODE_MISMATCH"))
     try:
+        config = _configuration(header["preset"], header["overrides"])
         arrays = {key: value for blob in request.blobs.values() for key, value in unpack(blob).items()}
     except ValueError:
-        log.exception("refused")
-        return _parcel(Packet(config={"site": site.name, "error": "BAD_INPUT"}))
-    reply = handle(ACTIONS[header["kind"]], site, config, Packet(arrays, {}, header["config"]))
+        log.exception("refused before any work")
+        return _parcel(refuse(site, action, Packet(), "BAD_INPUT"))
+    reply = handle(action, site, config, Packet(arrays, {}, header["config"]))
     log.info("%s: answered in %.3f s", header["kind"], time.perf_counter() - started)
     return _parcel(reply)
 

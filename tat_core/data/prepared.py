@@ -28,11 +28,15 @@ _JOURNAL = "journal.jsonl"  # what is stored already while prepare is at work
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A case of a prepared split: `array` is (2, slices, rows, columns) float32, LQ then HQ, in physical units, memory-mapped."""
+    """A case of a prepared split: `array` is (2, slices, rows, columns) float32, LQ then HQ, in physical units, memory-mapped.
+
+    `sha256` is that of the array's bytes.
+    """
 
     name: str
     patient: str
     array: np.ndarray
+    sha256: str = ""
 
 
 class PreparedSplit:
@@ -115,7 +119,7 @@ def open_split(prepared_dir: Path, split: str) -> PreparedSplit:
             ) from None
         if list(array.shape) != entry["shape"]:
             raise ValueError("open_split: expected the shapes of the manifest, got others; delete the store and prepare again")
-        cases.append(StoredCase(entry["case"], entry["patient"], np.asarray(array)))
+        cases.append(StoredCase(entry["case"], entry["patient"], np.asarray(array), entry["sha256"]))
     return PreparedSplit(TASKS[manifest["task"]], cases)
 
 
