@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from client.consent import check_metrics
 from client.site import Site
-from client.work import name_seed, score_validation, training_splits
+from client.work import agreed_splits, answer_to, name_seed, score_validation, training_splits
 from tat_core.checkpoint import replacing
 from tat_core.config import RunConfig, config_to_dict
 from tat_core.model.tat import TAT, build_model
-from tat_core.packet import Packet, echo
+from tat_core.packet import Packet
 from tat_core.train import train
 
 # What a run is called, where it is written and whether it goes on does not change what a hospital alone would learn.
@@ -37,6 +38,8 @@ def train_alone(site: Site, config: RunConfig, on_step: Callable[[int], None] | 
 
 def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Score the hospital's own model on its validation patients; it is trained once for a configuration and never leaves."""
+    check_metrics(site, "scores")
+    agreed_splits(site, config)
     relevant = {key: value for key, value in config_to_dict(config).items() if key not in _IRRELEVANT}
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
     path = site.state_dir / "alone" / f"{digest}.json"
@@ -48,4 +51,4 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(metrics))
-    return Packet({}, metrics, {"site": site.name, **echo(instruction)})
+    return Packet({}, metrics, answer_to(instruction, site))

@@ -1,20 +1,21 @@
-"""The ClientApp of a hospital: decode the message, call `client.work`, encode the reply."""
+"""The ClientApp of a hospital: hands each message, unopened, to the warm trainer, or answers it here where there is none.
+
+Flower starts a process for each message, so nothing heavy is imported before it is needed.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.alone import baseline_round
-from client.site import Site, load_site
-from client.work import describe, evaluate_round, handle, train_round
-from tat_core.config import RunConfig, load_config
-from tat_core.packet import Packet
+from client.wire import FOLDER_VARIABLE, Parcel, TrainerError, ask
+from tat_core.code import code_hash
+
+log = logging.getLogger("fed_tat")
 
 app = ClientApp()
 
@@ -22,31 +23,31 @@ app = ClientApp()
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Answer the coordinator's question about this site."""
-    return _answer(describe, message, context)
+    return _answer("query", message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round."""
-    return _answer(train_round, message, context)
+    return _answer("train", message, context)
 
 
 @app.train("baseline")
 def baseline(message: Message, context: Context) -> Message:
     """Score the site's own model, trained without the others."""
-    return _answer(baseline_round, message, context)
+    return _answer("train.baseline", message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the global model on the validation patients."""
-    return _answer(evaluate_round, message, context)
+    return _answer("evaluate", message, context)
 
 
-def site_of(context: Context) -> Site:
-    """The hospital that this node serves.
+def site_file(context: Context) -> Path:
+    """The file of the hospital that this node serves.
 
-    A deployed node states its file (``--node-config 'site="/path/site.yaml"'``). In a simulation the nodes are numbered, and
+    A deployed node states it (``--node-config 'site="/path/site.yaml"'``). In a simulation the nodes are numbered, and
     number n is the n-th site folder, in order of name, under the directory in the environment variable ``FED_TAT_SITES``.
 
     Raises
@@ -55,7 +56,7 @@ def site_of(context: Context) -> Site:
         Neither is given, or there are fewer site folders than simulated nodes.
     """
     if "site" in context.node_config:
-        return load_site(Path(str(context.node_config["site"])))
+        return Path(str(context.node_config["site"]))
     if "partition-id" not in context.node_config:
         raise ValueError(
             "site: expected node-config to name the site file, got none; start the node with --node-config 'site=\"…\"'"
@@ -68,46 +69,42 @@ def site_of(context: Context) -> Site:
             f"site: expected a site folder for simulated node {number}, got {len(files)} folders in FED_TAT_SITES={root}; "
             "make the sample hospitals with `tat simulate`, or lower num-supernodes"
         )
-    return load_site(files[number])
+    return files[number]
 
 
-def _answer(action: Callable[[Site, RunConfig, Packet], Packet], message: Message, context: Context) -> Message:
+def _answer(kind: str, message: Message, context: Context) -> Message:
     try:
-        site = site_of(context)
-        _log_to(site.state_dir / "site.log")
-        config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
+        request = _request(kind, message, context)
+        if trainer := os.environ.get(FOLDER_VARIABLE):
+            reply = ask(Path(trainer), request, message.metadata.ttl)
+        else:
+            from client.answer import answer  # imports torch
+
+            reply = answer(site_file(context), request)
+    except TrainerError as error:
+        log.error("%s", error)
+        reply = Parcel({"config": {"error": error.code}, "metrics": {}})
     except (ValueError, OSError):
         # Before the site is known there is no log of its own; standard error stays on the site's machine.
-        logging.getLogger("fed_tat").exception("refused before any work")
-        return Message(_encode(Packet(config={"error": "SITE_CONFIGURATION"})), reply_to=message)
-    return Message(_encode(handle(action, site, config, _decode(message.content))), reply_to=message)
+        log.exception("refused before any work")
+        reply = Parcel({"config": {"error": "SITE_CONFIGURATION"}, "metrics": {}})
+    return Message(_content(reply), reply_to=message)
 
 
-def _log_to(path: Path) -> None:
-    """Send the site's log to its own file, and nowhere else; a simulated process serves several sites in turn."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = logging.getLogger("fed_tat")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    log.addHandler(handler)
-
-
-def _decode(content: RecordDict) -> Packet:
-    arrays = {name: array.numpy() for record in content.array_records.values() for name, array in record.items()}
+def _request(kind: str, message: Message, context: Context) -> Parcel:
+    content = message.content
     config = {key: value for record in content.config_records.values() for key, value in record.items()}
-    return Packet(arrays, {}, config)  # type: ignore[arg-type]
+    blobs = {name: array.data for record in content.array_records.values() for name, array in record.items()}
+    run = {key: str(context.run_config[key]) for key in ("preset", "overrides")}
+    return Parcel({"kind": kind, "code": code_hash(), "config": config, **run}, blobs)
 
 
-def _encode(reply: Packet) -> RecordDict:
+def _content(reply: Parcel) -> RecordDict:
+    arrays = {name: Array("uint8", (len(blob),), "packed", blob) for name, blob in reply.blobs.items()}
     return RecordDict(
         {
-            "update": ArrayRecord({name: Array(value) for name, value in reply.arrays.items()}),
-            "metrics": MetricRecord(dict(reply.metrics)),
-            "config": ConfigRecord(dict(reply.config)),
+            "update": ArrayRecord(arrays),
+            "metrics": MetricRecord(reply.header["metrics"]),
+            "config": ConfigRecord(reply.header["config"]),
         }
     )

@@ -1,48 +1,64 @@
-"""`flower-client`: a hospital's one command, which keeps Flower's SuperNode running for its site."""
+"""`flower-client`: a hospital's one command. It looks for obstacles, then keeps Flower's node and the warm trainer running."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
+from client.coordinator import Coordinator
 from client.site import Site, load_site
+from client.supervise import Group, keep_running
+from client.wire import FOLDER_VARIABLE
 from tat_core.environment import QUIET_ENVIRONMENT
 
 log = logging.getLogger("fed_tat.launcher")
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S, GRACE_S = 5.0, 60.0, 20.0
+LOG_BYTES, LOGS_KEPT = 10_000_000, 4
+DOCTOR_S = 120.0
+NODE_PAUSE_S, TRAINER_PAUSE_S = 5.0, 0.5
 
+SiteFile = Annotated[Path, typer.Option(help="The hospital's site.yaml.")]
+Superlink = Annotated[str | None, typer.Option(help="HOST:PORT of the coordinator, if site.yaml does not say.")]
 Certificates = Annotated[Path | None, typer.Option(help="PEM file of the authority that signed the coordinator's certificate.")]
 Key = Annotated[Path | None, typer.Option(help="Private key that the coordinator registered for this site.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS: for trials on one machine only.")]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.callback(invoke_without_command=True)
 def launch(
-    site: Annotated[Path, typer.Option(help="The hospital's site.yaml.")],
-    superlink: Annotated[str, typer.Option(help="HOST:PORT of the coordinator.")],
+    context: typer.Context,
+    site: SiteFile = Path("site.yaml"),
+    superlink: Superlink = None,
     root_certificates: Certificates = None,
     key: Key = None,
-    insecure: Annotated[bool, typer.Option(help="Without TLS: for trials on one machine only.")] = False,
+    insecure: Insecure = False,
 ) -> None:
-    """Join a consortium as one hospital: start the SuperNode, restart it when it dies, stop it on SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stdout)
-    try:
+    """Join a consortium as one hospital: start the node, restart what dies, stop it on SIGTERM or Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        return
+    with errors_explained():
         hospital = load_site(site)
-        command = supernode_command(site.resolve(), superlink, root_certificates, key, insecure)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        coordinator = whom_to_join(hospital, superlink, root_certificates, key, insecure)
+        lock = only_one(hospital)
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -50,78 +66,176 @@ def launch(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    keep_running(command, hospital, stopping)
+    log_to(hospital.state_dir / "flower-client.log")
+    examine(site.resolve(), coordinator)
+    keep_running(groups(site.resolve(), hospital, coordinator), stopping)
+    lock.close()
 
 
-def supernode_command(site: Path, superlink: str, root_certificates: Path | None, key: Path | None, insecure: bool) -> list[str]:
-    """The command line of the SuperNode.
+@app.command()
+def doctor(
+    site: SiteFile = Path("site.yaml"),
+    superlink: Superlink = None,
+    root_certificates: Certificates = None,
+    key: Key = None,
+    insecure: Insecure = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
+) -> None:
+    """Look for what keeps this site from taking part. Exit code 0: nothing; 1: something to look at; 2: it cannot take part."""
+    from client.doctor import exit_code, look  # imports the data set's code
+
+    with errors_explained():
+        hospital = load_site(site)
+        coordinator = whom_to_join(hospital, superlink, root_certificates, key, insecure)
+    findings = look(hospital, coordinator)
+    if as_json:
+        typer.echo(json.dumps({finding.check: {"level": finding.level, "text": finding.text} for finding in findings}))
+    else:
+        for finding in findings:
+            typer.echo(str(finding))
+    raise typer.Exit(exit_code(findings))
+
+
+def whom_to_join(
+    site: Site, superlink: str | None, root_certificates: Path | None, key: Path | None, insecure: bool
+) -> Coordinator:
+    """The coordinator of site.yaml, with the command's options in its place where they are given.
+
+    A key made by `tat site enroll` is found by itself.
 
     Raises
     ------
     ValueError
-        Not exactly one of a certificate and ``--insecure``, or a file does not exist.
+        Nobody says where the coordinator is, or a file does not exist.
     """
-    if (root_certificates is None) != insecure:
-        got = "both" if root_certificates else "neither"
+    address = superlink or (site.coordinator and site.coordinator.superlink)
+    if not address:
         raise ValueError(
-            f"flower-client: expected either --root-certificates or --insecure, got {got}; give the consortium's CA file"
+            "flower-client: expected coordinator.superlink in site.yaml, or --superlink, got neither; write it there"
         )
-    for path in (root_certificates, key):
+    stated = replace(site.coordinator, superlink=address) if site.coordinator else Coordinator(address, insecure=insecure)
+    if insecure:
+        return Coordinator(address, insecure=True, accept_other_code=stated.accept_other_code)
+    if stated.insecure:
+        return stated
+    enrolled = site.state_dir / "node.key"
+    chosen = replace(
+        stated,
+        root_certificates=root_certificates or stated.root_certificates,
+        key=key or stated.key or (enrolled if enrolled.exists() else None),
+    )
+    for path in (chosen.root_certificates, chosen.key):
         if path is not None and not path.is_file():
             raise ValueError(f"flower-client: expected a file, got {path}, which does not exist; ask the coordinator for it")
-    if '"' in str(site):
-        raise ValueError(f"flower-client: expected a path without quotes, got {site}; move the file")
-    executable = shutil.which("flower-supernode", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    assert executable is not None, "flwr brings flower-supernode"
-    trust = ["--insecure"] if insecure else ["--root-certificates", str(root_certificates)]
-    identity = [] if key is None else ["--auth-supernode-private-key", str(key)]
-    return [executable, "--superlink", superlink, *trust, *identity, "--node-config", f'site="{site}"']
+    return chosen
 
 
-def keep_running(command: list[str], site: Site, stopping: threading.Event) -> None:
-    """Run the SuperNode until told to stop; after it died, wait a little longer each time before the next start.
-
-    Flower refuses a node that it believes to be active still, for about a minute after a crash: the pauses outlast that.
-    """
-    home = site.state_dir / "flower"
+def groups(site_file: Path, site: Site, coordinator: Coordinator) -> list[Group]:
+    """What runs at a hospital: Flower's node, and the trainer that does the work. The node is stopped first."""
+    home, trainer = site.state_dir / "flower", site.state_dir / "trainer"
     home.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         **QUIET_ENVIRONMENT,
         "FLWR_HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        FOLDER_VARIABLE: str(trainer),
     }
-    pause = FIRST_PAUSE_S
-    while not stopping.is_set():
+
+    def node() -> dict[str, list[str]]:
         # Every node on a host needs a port of its own for the processes that it starts.
-        process = subprocess.Popen(
-            [*command, "--port", str(_free_port())], env=environment, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        log.info("%s: SuperNode started", site.name)
-        lasted = _wait(process, stopping)
-        if stopping.is_set():
-            break
-        pause = FIRST_PAUSE_S if lasted > LONGEST_PAUSE_S else min(2 * pause, LONGEST_PAUSE_S)
-        log.warning("%s: SuperNode ended with code %s; next start in %.0f s", site.name, process.returncode, pause)
-        stopping.wait(pause)
-    log.info("%s: stopped", site.name)
+        port = _free_port()
+        module = [sys.executable, "-m", "client.node"]
+        own = ["--isolation", "process", "--port", str(port)]
+        return {
+            "SuperNode": [*module, "supernode", *supernode_arguments(site_file, coordinator), *own],
+            "ClientApps": [*module, "clientapps", f"127.0.0.1:{port}"],
+        }
+
+    def warm() -> dict[str, list[str]]:
+        return {"Trainer": [sys.executable, "-m", "client.trainer", str(site_file), str(trainer)]}
+
+    return [Group(node, environment, NODE_PAUSE_S), Group(warm, environment, TRAINER_PAUSE_S)]
 
 
-def _wait(process: subprocess.Popen[bytes], stopping: threading.Event) -> float:
-    """Wait for the end of the process, or end it and all that it started; seconds that it lasted."""
-    ticks = 0
-    while process.poll() is None and not stopping.wait(0.5):
-        ticks += 1
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            log.warning("SuperNode did not stop in %.0f s and is killed", GRACE_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return 0.5 * ticks
+def supernode_arguments(site_file: Path, coordinator: Coordinator) -> list[str]:
+    """What Flower's SuperNode is told.
+
+    Raises
+    ------
+    ValueError
+        The site's file has a name that Flower cannot be told.
+    """
+    if '"' in str(site_file):
+        raise ValueError(f"flower-client: expected a path without quotes, got {site_file}; move the file")
+    certificates = ["--root-certificates", str(coordinator.root_certificates)] if coordinator.root_certificates else []
+    trust = ["--insecure"] if coordinator.insecure else certificates
+    identity = ["--auth-supernode-private-key", str(coordinator.key)] if coordinator.key else []
+    return ["--superlink", coordinator.superlink, *trust, *identity, "--node-config", f'site="{site_file}"']
+
+
+def only_one(site: Site) -> TextIO:
+    """A lock that the process holds as long as the file that is returned is open.
+
+    Raises
+    ------
+    ValueError
+        There is a `flower-client` for this site already.
+    """
+    site.state_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(site.state_dir / "flower-client.lock", "w")  # noqa: SIM115 - it stays open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"flower-client: expected to be the only one for {site.name}, got another that runs; stop it first"
+        ) from None
+    return lock
+
+
+def examine(site_file: Path, coordinator: Coordinator) -> None:
+    """Log what the doctor says, and go on: most of what it finds can mend while the node tries again and again.
+
+    It has a process of its own, so that this one, which stays, imports nothing large.
+    """
+    options = [f"--superlink={coordinator.superlink}", *(["--insecure"] if coordinator.insecure else [])]
+    options += [f"--root-certificates={path}" for path in (coordinator.root_certificates,) if path]
+    options += [f"--key={path}" for path in (coordinator.key,) if path]
+    command = [sys.executable, "-m", "client.launcher", "doctor", f"--site={site_file}", *options]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_S, check=False)
+    except subprocess.TimeoutExpired:
+        log.warning("doctor: no answer within %.0f s", DOCTOR_S)
+        return
+    for line in (said.stdout + said.stderr).splitlines():
+        log.info("doctor: %s", line)
+
+
+def log_to(path: Path) -> None:
+    """Log to the terminal, and as JSON lines to a file that is replaced before it grows large. Neither leaves the site."""
+    file = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOGS_KEPT, encoding="utf-8")
+    file.setFormatter(_JsonLines())
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers[:] = [file, terminal]
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "level": record.levelname, "message": record.getMessage()})
+
+
+@contextlib.contextmanager
+def errors_explained() -> Iterator[None]:
+    """What a user got wrong is said in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 def _free_port() -> int:
@@ -132,4 +246,8 @@ def _free_port() -> int:
 
 def main() -> None:
     """Entry point of `flower-client`."""
-    typer.run(launch)
+    app()
+
+
+if __name__ == "__main__":
+    main()

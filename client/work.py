@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
 
+from client import audit, ledger
+from client.consent import SiteRefusalError, agreed_tasks, check_metrics, patient_bucket
+from client.outgoing import outgoing, refusal
 from client.site import Site
-from client.state import load_optimiser, load_own, save_optimiser, save_own
+from client.state import keep_reply, load_optimiser, load_own, load_reply, pause_file, save_optimiser, save_own
 from tat_core.checkpoint import arrays_of, load_arrays, model_hash
-from tat_core.config import RunConfig
+from tat_core.config import RunConfig, config_to_dict
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
+from tat_core.dpsgd import PatientSgd, patient_sgd
 from tat_core.evaluate import evaluate_split
 from tat_core.groups import group_of
 from tat_core.model.allocator import tune_allocator
@@ -27,66 +32,86 @@ from tat_core.train import make_optimiser, train
 
 log = logging.getLogger("fed_tat.site")
 
-
-class SiteRefusalError(Exception):
-    """The site will not do what was asked. Only the code leaves the site; the reason goes to its own log."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(f"{code}: {reason}")
-        self.code = code
-
-
-def patient_bucket(num_patients: int) -> str:
-    """How many patients a site says it has: a range, never the number."""
-    for low, high in ((1, 10), (11, 50), (51, 200), (201, 1000)):
-        if num_patients <= high:
-            return f"{low}-{high}"
-    return ">1000"
+Action = Callable[[Site, RunConfig, Packet], Packet]
+# What of a run's configuration decides what a round's reply is.
+_DECISIVE = ("seed", "num_rounds", "tasks", "model", "train", "privacy")
 
 
 def describe(site: Site, config: RunConfig, _: Packet) -> Packet:
     """Tasks that the site offers to this run, its size as a range, and its versions."""
-    tasks = [task for task in config.tasks if task in site.data]
-    patients = sum(_split(site, task, "train").num_patients for task in tasks)
+    splits = agreed_splits(site, config)
     return Packet(
         config={
             "site": site.name,
-            "tasks": ",".join(tasks),
-            "patients": patient_bucket(patients),
+            "tasks": ",".join(splits),
+            "patients": patient_bucket(sum(split.num_patients for split in splits.values())),
             "fed_tat": version("fed-tat"),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
     )
 
 
 def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
-    """Train from the global model for the round's local steps and reply with the update and its statistics."""
-    started = time.perf_counter()
-    round_number = int(instruction.config["round"])
+    """Train from the global model for the round's local steps and reply with the update and its statistics.
+
+    The privacy ledger is charged before the first image is read. A private round that is asked for again is answered by the
+    reply of the first time.
+    """
     steps = int(instruction.config["steps"])
     if not 0 < steps <= config.train.local_steps:
         raise SiteRefusalError("BAD_STEPS", f"{steps} local steps are asked for where the run has {config.train.local_steps}")
-    arrays = _verified(instruction)
-    tasks = [task for task in config.tasks if task in site.data]
+    check_metrics(site, "losses")
+    _verified(instruction)
+    splits = agreed_splits(site, config)
+    contents = [case.sha256 for split in splits.values() for case in split.cases]
+    run, release = str(instruction.config["run"]), _release(config, instruction, contents)
+    private = patient_sgd(config, splits) if config.privacy.enabled else None
+    charge = None if private is None else [(private.noise_multiplier, private.sample_rate, steps)]
+    is_settled = ledger.reserve(site, release, contents, run, int(instruction.config["round"]), charge)
+    if private is None:
+        reply = _train(site, config, instruction, splits)
+    else:
+        kept = load_reply(site, run, release)
+        if kept is None and is_settled:
+            raise SiteRefusalError("ALREADY_ANSWERED", "this private round was answered, and its reply is no longer on disk")
+        reply = kept or keep_reply(site, run, release, _train(site, config, instruction, splits, private))
+    ledger.settle(site, release)
+    return reply
+
+
+def _release(config: RunConfig, instruction: Packet, contents: Sequence[str]) -> str:
+    """A hash of everything that a round's reply is made from."""
+    decisive = {key: value for key, value in config_to_dict(config).items() if key in _DECISIVE}
+    asked = {key: instruction.config[key] for key in ("run", "round", "base", "steps")}
+    return hashlib.sha256(json.dumps([decisive, asked, sorted(contents)], sort_keys=True).encode()).hexdigest()
+
+
+def _train(
+    site: Site, config: RunConfig, instruction: Packet, splits: dict[str, PreparedSplit], private: PatientSgd | None = None
+) -> Packet:
+    arrays, tasks = instruction.arrays, list(splits)
+    run, round_number = str(instruction.config["run"]), int(instruction.config["round"])
     own = {task: _own(arrays, task) for task in tasks}
-    run = str(instruction.config["run"])
     kept = _kept(site, config, run, round_number - 1)
     model = _network(config, arrays | kept, tasks[0])
     optimiser = make_optimiser(model.to(site.device), config.train)
     if config.train.keep_optimiser:
         load_optimiser(site, run, round_number, optimiser)
+    splits = training_splits(site, config)
+    private = patient_sgd(config, splits) if config.privacy.enabled else None
     result = train(
         model,
-        training_splits(site, config),
+        splits,
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
-        num_steps=steps,
+        num_steps=int(instruction.config["steps"]),
         first_step=(round_number - 1) * config.train.local_steps,
         total_steps=config.num_rounds * config.train.local_steps,
         device=site.device,
         optimiser=optimiser,
         own=own,
         task_weight={task: float(instruction.config.get(f"{task}.weight", 1.0)) for task in tasks},
+        private=private,
     )
     if config.train.keep_optimiser:
         save_optimiser(site, run, round_number, optimiser)
@@ -95,11 +120,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     trained = arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in tasks for name, value in own[task].items()}
     update = {key: trained[key] - value for key, value in arrays.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)
-    return Packet(
-        update,
-        {**stats_to_metrics(result.stats), "seconds": time.perf_counter() - started},
-        {"site": site.name, **echo(instruction)},
-    )
+    return Packet(update, stats_to_metrics(result.stats), answer_to(instruction, site))
 
 
 def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
@@ -107,13 +128,25 @@ def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
     arrays = _verified(instruction)
     arrays = arrays | _kept(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
     metrics = score_validation(site, config, lambda task: _network(config, arrays, task))
-    return Packet({}, metrics, {"site": site.name, **echo(instruction)})
+    return Packet({}, metrics, answer_to(instruction, site))
+
+
+def answer_to(instruction: Packet, site: Site) -> dict[str, str | int | float | bool]:
+    """Who answers, and what: the words of every reply to a round's instruction."""
+    return {"site": site.name, **echo(instruction)}
 
 
 def score_validation(site: Site, config: RunConfig, network_for: Callable[[str], TAT]) -> dict[str, int | float]:
-    """Sums and counts of a model's scores on the validation patients, by task; a task without any is absent."""
+    """Sums and counts of a model's scores on the validation patients, by task; a task without any is absent.
+
+    With differential privacy there are none: they are exact, and what leaves must not be (tat_core/dpsgd.py).
+    """
     metrics: dict[str, int | float] = {}
-    for task in (t for t in config.tasks if t in site.data):
+    tasks = list(agreed_splits(site, config))
+    if config.privacy.enabled:
+        return metrics
+    check_metrics(site, "scores")
+    for task in tasks:
         split = _split(site, task, "validation")
         if len(split):
             limit = config.evaluate.max_validation_slices
@@ -124,20 +157,38 @@ def score_validation(site: Site, config: RunConfig, network_for: Callable[[str],
 
 
 def training_splits(site: Site, config: RunConfig) -> dict[str, PreparedSplit]:
-    """The site's training slices of the run's tasks."""
+    """The site's training slices of the run's tasks, for the hospital's own use; opens the files, reads no pixel."""
     return {task: _split(site, task, "train") for task in config.tasks if task in site.data}
 
 
-def handle(action: Callable[[Site, RunConfig, Packet], Packet], site: Site, config: RunConfig, instruction: Packet) -> Packet:
-    """Run one action; whatever goes wrong leaves the site as a code without text."""
-    torch.set_num_threads(config.train.num_threads)
-    torch.use_deterministic_algorithms(True, warn_only=site.device != "cpu")
-    tune_allocator()
+def agreed_splits(site: Site, config: RunConfig) -> dict[str, PreparedSplit]:
+    """The training slices that the hospital lets this run use.
+
+    Raises
+    ------
+    SiteRefusalError
+        None at all.
+    """
+    splits = training_splits(site, config)
+    return {
+        task: splits[task] for task in agreed_tasks(site, config, {task: split.num_patients for task, split in splits.items()})
+    }
+
+
+def handle(action: Action, site: Site, config: RunConfig, instruction: Packet) -> Packet:
+    """Run one action, let what is allowed leave, and write that down; whatever goes wrong leaves as a code without text."""
     try:
-        return action(site, config, instruction)
-    except SiteRefusalError as refusal:
-        log.warning("refused: %s", refusal)
-        code = refusal.code
+        torch.set_num_threads(config.train.num_threads)
+        torch.use_deterministic_algorithms(True, warn_only=site.device != "cpu")
+        tune_allocator()
+        _refuse_if_paused(site)
+        reply = outgoing(action(site, config, instruction), instruction, site)
+        _refuse_if_paused(site)  # nothing leaves a site that was paused meanwhile
+        _write_down(site, action.__name__, instruction, reply)
+        return reply
+    except SiteRefusalError as error:
+        log.warning("refused: %s", error)
+        code = error.code
     except ValueError:
         log.exception("refused")
         code = "BAD_INPUT"
@@ -150,7 +201,33 @@ def handle(action: Callable[[Site, RunConfig, Packet], Packet], site: Site, conf
     except Exception:
         log.exception("failed")
         code = "SITE_ERROR"
-    return Packet(config={"site": site.name, "error": code})
+    return refuse(site, action, instruction, code)
+
+
+def refuse(site: Site, action: Action, instruction: Packet, code: str) -> Packet:
+    """Say no by a code; it leaves even if the audit log cannot be written, since it says nothing of the data."""
+    reply = refusal(code, site.name)
+    try:
+        _write_down(site, action.__name__, instruction, reply)
+    except Exception:
+        log.exception("the audit log cannot be written")
+    return reply
+
+
+def _write_down(site: Site, kind: str, instruction: Packet, reply: Packet) -> None:
+    """Enter a reply that is about to leave into the audit log: its words and numbers in full, its arrays by their hash."""
+    run, round_number = (str(instruction.config.get(key, ""))[:64] for key in ("run", "round"))
+    facts: dict[str, Any] = {"kind": kind, "run": run, "round": round_number, "words": reply.config, "metrics": reply.metrics}
+    if reply.arrays:
+        size = sum(value.nbytes for value in reply.arrays.values())
+        facts |= {"arrays": len(reply.arrays), "bytes": size, "sha256": model_hash(reply.arrays)}
+        facts |= ledger.spent_in(site, run, int(round_number))
+    audit.append(site, facts)
+
+
+def _refuse_if_paused(site: Site) -> None:
+    if pause_file(site).exists():
+        raise SiteRefusalError("PAUSED", "`tat site resume` lets the site take part again")
 
 
 def name_seed(name: str) -> int:

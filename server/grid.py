@@ -6,11 +6,14 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from server.sites import SiteInfo, read_introduction
+from tat_core.blobs import by_owner, pack, unpack
+from tat_core.code import code_hash
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
@@ -172,7 +175,8 @@ class FlowerSites:
 
     def _send(self, kind: str, packets: Mapping[str, tuple[int, Packet]], timeout_s: float) -> dict[str, str]:
         """Push one message a node (Flower needs a list); the messages that the SuperLink took, with the names they go by."""
-        contents = {id(packet): _encode(packet) for _, packet in packets.values()}
+        packed: dict[tuple[int, ...], Array] = {}
+        contents = {id(packet): _encode(packet, packed) for _, packet in packets.values()}
         messages = {
             name: Message(content=contents[id(packet)], dst_node_id=node, message_type=kind, ttl=timeout_s)
             for name, (node, packet) in packets.items()
@@ -191,20 +195,26 @@ def _is_lost(reply: Message) -> bool:
     return reply.has_error() and reply.error.code in UNANSWERABLE
 
 
-def _encode(packet: Packet) -> RecordDict:
-    return RecordDict(
-        {
-            "model": ArrayRecord({name: Array(value) for name, value in packet.arrays.items()}),
-            "config": ConfigRecord(dict(packet.config)),
-        }
-    )
+def _encode(packet: Packet, packed: dict[tuple[int, ...], Array]) -> RecordDict:
+    """An instruction for Flower; what is in `packed` already, since another site is sent it too, is taken from there."""
+    arrays = {}
+    for owner, some in by_owner(packet.arrays).items():
+        key = tuple(map(id, some.values()))
+        if key not in packed:
+            blob = pack(some)
+            packed[key] = Array("uint8", (len(blob),), "packed", blob)
+        arrays[owner] = packed[key]
+    return RecordDict({"model": ArrayRecord(arrays), "config": ConfigRecord({**packet.config, "code": code_hash()})})
 
 
 def _decode(reply: Message) -> Packet:
     if reply.has_error():
         return Packet(config={"error": f"NODE_ERROR_{reply.error.code}"})
+    arrays: dict[str, np.ndarray] = {}
     try:
-        arrays = {name: array.numpy() for record in reply.content.array_records.values() for name, array in record.items()}
+        for record in reply.content.array_records.values():
+            for array in record.values():
+                arrays |= unpack(array.data)
     except Exception as error:  # whatever bytes a site sends, they must not stop the run
         log.warning("a reply's arrays cannot be read: %s", type(error).__name__)
         return Packet(config={"error": "UNREADABLE"})

@@ -87,9 +87,9 @@ def examine_scores(reply: Packet, instruction: Packet, *, tasks: tuple[str, ...]
 
 
 def length(arrays: Mapping[str, np.ndarray]) -> float:
-    """L2 norm over all arrays; NaN or infinite if any value is, or if float32 cannot hold its square."""
+    """L2 norm over all arrays, in any order; NaN or infinite if any value is, or if float32 cannot hold its square."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.sqrt(sum(float(np.square(value).sum(dtype=np.float64)) for value in arrays.values()))
+        return math.sqrt(math.fsum(float(np.square(value).sum(dtype=np.float64)) for value in arrays.values()))
 
 
 def _fault_in_statistics(reply: Packet, tasks: tuple[str, ...], max_samples: int) -> str | None:

@@ -27,7 +27,7 @@ from tat_core.data.prepared import prepare
 from tat_core.data.volume import Volume, write_nifti
 from tat_core.tasks import TASKS
 
-BUILD_VERSION = 7  # raise it when this file or the physics changes what is written
+BUILD_VERSION = 8  # raise it when this file or the physics changes what is written
 MARKER = "built.json"
 PROFILES = ("demo", "smoke")
 
@@ -214,4 +214,5 @@ def _write_site(folder: Path, hospital: Hospital) -> None:
         "state_dir": "state",
         "synthetic": hospital.synthetic,
     }
-    (folder / "site.yaml").write_text(yaml.safe_dump(site, sort_keys=False), "utf-8")
+    sample = "# Sample data of a few patients: a real hospital leaves minimum_patients at 11.\nminimum_patients: 1\n"
+    (folder / "site.yaml").write_text(yaml.safe_dump(site, sort_keys=False) + sample, "utf-8")

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from types import FrameType
 
-import psutil
+from tat_core.processes import end_marked
 
 MARK = "FED_TAT_PROCESSES"
 
@@ -31,7 +31,7 @@ def no_process_left() -> Iterator[None]:
     finally:
         # A second Ctrl-C must not stop the cleaning.
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _end_marked(mark)
+        end_marked(MARK, mark)
         signal.signal(signal.SIGINT, interrupt)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -42,27 +42,3 @@ def no_process_left() -> Iterator[None]:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                found.append(process)
-    return found
-
-
-def _end_marked(mark: str) -> None:
-    """Terminate, then kill; again, since a process may have started another meanwhile."""
-    for process in (alive := _marked(mark)):
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    psutil.wait_procs(alive, timeout=3)
-    for _ in range(5):
-        if not (alive := _marked(mark)):
-            return
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=3)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tat_core.config import ModelConfig, config_from_dict, config_to_dict
+from tat_core.files import replacing
 from tat_core.groups import group_of
 from tat_core.model.tat import TAT
 from tat_core.sharing import view
@@ -44,23 +43,6 @@ def model_hash(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path whose file takes the place of `path` when the block ends well.
-
-    After any crash `path` is the old file or the whole new one: write, fsync, rename, fsync the folder.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
     """Write arrays as one safetensors file, atomically and durably.
 
@@ -75,14 +57,6 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str
             save_file(contiguous, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"write {path.name}: expected room and permission, got: {error}; free disk space and resume") from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_model(path: Path, arrays: Mapping[str, np.ndarray], config: ModelConfig, extra: Mapping[str, Any] | None = None) -> str:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.traceback import Traceback
 from typer.core import TyperGroup
 
+from tat_core.code import code_hash
 from tat_core.environment import QUIET_ENVIRONMENT
 
 GROUP = "fed_tat.commands"
@@ -78,7 +79,7 @@ app.add_typer(config_app, name="config")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fed-tat {version('fed-tat')}")
+        typer.echo(f"fed-tat {version('fed-tat')}, code {code_hash()[:12]}")
         raise typer.Exit
 
 

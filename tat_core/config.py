@@ -198,6 +198,36 @@ class FederationConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of the patients (docs/privacy.md); a site's own limits are in its site.yaml."""
+
+    enabled: bool = setting(
+        False, "Train by DP-SGD whose example is a patient; train.batch_size is then the expected number of patients in a step."
+    )
+    epsilon: float = setting(8.0, "Budget of the whole run at every site, from which each derives its noise.", above=0.0)
+    delta: float = setting(1e-5, "Probability that the guarantee fails; below 1 / number of patients.", above=0.0, below=1.0)
+    noise_multiplier: float | None = setting(
+        None, "Noise as a multiple of one patient's largest contribution, instead of epsilon; 0 is no privacy.", at_least=0.0
+    )
+    clip_norm: float = setting(0.01, "Length to which a patient's gradient is shortened.", above=0.0)
+    patches_per_patient: int = setting(1, "Patches averaged into one patient's gradient before it is shortened.", at_least=1)
+    groups: tuple[str, ...] = setting(
+        GROUPS,
+        "Parameter groups that are trained; the others stay as they are. Fewer parameters mean less noise.",
+        choices=GROUPS,
+    )
+    statistics_share: float = setting(
+        0.05, "Share of each step's privacy that pays for the loss statistics.", above=0.0, below=1.0
+    )
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def relations(self) -> Relations:
+        yield "groups", "one or more groups", len(self.groups) > 0
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Tiled restoration and how much of the validation set is scored each time."""
 
@@ -230,6 +260,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:

@@ -6,12 +6,14 @@ Ranges and evaluation windows are those of the published all-in-one benchmark (A
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-ArrayLike = TypeVar("ArrayLike", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:  # who only reads a site's file need not wait for torch
+    import torch
+
+ArrayLike = TypeVar("ArrayLike", np.ndarray, "torch.Tensor")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from tat_core.config import TrainConfig
 from tat_core.data.patches import sample_batch
 from tat_core.data.prepared import PreparedSplit
+from tat_core.dpsgd import PatientSgd
 from tat_core.loss import EPSILON, TaskStats, add_stats, balanced_loss, count_by_task, optimal_square_weight, per_sample_l1
 from tat_core.model.weight_net import WeightNet
 
@@ -63,6 +64,7 @@ def train(
     own: Mapping[str, dict[str, torch.Tensor]] | None = None,
     task_weight: Mapping[str, float] | None = None,
     weight_net: WeightNet | None = None,
+    private: PatientSgd | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train a model in place for a fixed number of steps.
@@ -89,6 +91,9 @@ def train(
     weight_net : WeightNet, optional
         The published balancer's network, for ``train.loss`` balanced: trained along with the model if the optimiser has its
         parameters. Without it, the closed form of its optimum.
+    private : PatientSgd, optional
+        Gives the steps' gradients and the statistics instead, with differential privacy; it samples patients and draws noise by
+        itself, so that weights do not repeat. Clipping cancels every factor of a loss: weights do not act.
     on_step : callable, optional
         Called with the number of steps done.
 
@@ -111,29 +116,47 @@ def train(
             task = sorted(splits)[rng.integers(len(splits))]
             drawn, task_own = {task: splits[task]}, own[task]
             _copy({name: model.get_parameter(name) for name in task_own}, task_own)
-        batch = sample_batch(drawn, config.batch_size, config.patch_size, rng)
-        lq, hq = batch.lq.to(device), batch.hq.to(device)
-        restored = model(lq)
-        loss = per_sample_l1(restored, hq)
-        three = torch.stack((per_sample_l1(lq, hq), per_sample_l1(lq, restored.detach()), loss.detach()), 1)
-        objective, factor = _objective(loss, three, batch.tasks, config, task_weight or {}, weight_net)
         optimiser.zero_grad(set_to_none=True)
-        objective.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if private is not None:
+            private.set_gradients(model, drawn, config.patch_size, device)
+        else:
+            seen = _set_gradients(model, drawn, config, rng, device, task_weight or {}, weight_net)
+            if not all(math.isfinite(s.loss_sum) for s in seen.values()):
+                raise ValueError(
+                    f"train: expected a finite loss, got another at step {first_step + done}; lower train.lr or check the data"
+                )
+            stats = add_stats(stats, seen)
         for parameter, anchor in anchors:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal)
         optimiser.step()
         _copy(task_own, {name: model.get_parameter(name) for name in task_own})
-        stats = add_stats(stats, count_by_task(batch.tasks, three, float(norm) / factor))
-        if not all(math.isfinite(s.loss_sum) for s in stats.values()):
-            raise ValueError(
-                f"train: expected a finite loss, got {objective.item()} at step {first_step + done}; "
-                "lower train.lr or check the data"
-            )
         if on_step is not None:
             on_step(done + 1)
+    if private is not None:
+        stats = private.statistics()
     return TrainResult(stats, num_steps, time.perf_counter() - started)
+
+
+def _set_gradients(
+    model: torch.nn.Module,
+    splits: Mapping[str, PreparedSplit],
+    config: TrainConfig,
+    rng: np.random.Generator,
+    device: str,
+    task_weight: Mapping[str, float],
+    weight_net: WeightNet | None,
+) -> dict[str, TaskStats]:
+    """Write the gradient of one batch to the parameters' ``.grad``; return the batch's statistics."""
+    batch = sample_batch(splits, config.batch_size, config.patch_size, rng)
+    lq, hq = batch.lq.to(device), batch.hq.to(device)
+    restored = model(lq)
+    loss = per_sample_l1(restored, hq)
+    three = torch.stack((per_sample_l1(lq, hq), per_sample_l1(lq, restored.detach()), loss.detach()), 1)
+    objective, factor = _objective(loss, three, batch.tasks, config, task_weight, weight_net)
+    objective.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return count_by_task(batch.tasks, three, float(norm) / factor)
 
 
 def _objective(

@@ -146,7 +146,7 @@ def test_launchers_switch_telemetry_and_installation_off() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
         assert re.search(rf"{name}\W+{QUIET_ENVIRONMENT[name]}\b", makefile), f"the Makefile does not set {name}"
-    for launcher in ("tat_core/cli.py", "simulations/flower.py", "client/launcher.py"):
+    for launcher in ("tat_core/cli.py", "simulations/flower.py", "client/launcher.py", "server/service.py"):
         text = (ROOT / launcher).read_text()
         assert text.count("QUIET_ENVIRONMENT") >= 2, f"{launcher} imports it without using it"
 

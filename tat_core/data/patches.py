@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from tat_core.data.prepared import PreparedSplit
-from tat_core.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,36 @@ def sample_batch(
     pairs = np.empty((2, batch_size, 1, patch_size, patch_size), np.float32)
     chosen = [names[number] for number in rng.integers(len(names), size=batch_size)]
     for b, name in enumerate(chosen):
-        split = splits[name]
-        lq, hq = split.pair(int(rng.integers(len(split))))
-        lq, hq = _at_least(lq, patch_size), _at_least(hq, patch_size)
-        top = int(rng.integers(lq.shape[0] - patch_size + 1))
-        left = int(rng.integers(lq.shape[1] - patch_size + 1))
-        window = slice(top, top + patch_size), slice(left, left + patch_size)
-        low, high = TASKS[name].intensity_range
-        for side, image in enumerate((lq, hq)):
-            patch = pairs[side, b, 0]
-            np.subtract(image[window], np.float32(low), out=patch)
-            patch *= np.float32(1.0 / (high - low))
-    np.clip(pairs, 0.0, 1.0, out=pairs)
+        _crop(splits[name], int(rng.integers(len(splits[name]))), rng, out=pairs[:, b, 0])
     if augment:
         _augment(pairs, rng)
     return Batch(torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]), tuple(chosen))
+
+
+def sample_patient(
+    splits: Mapping[str, PreparedSplit], patient: str, count: int, patch_size: int, rng: np.random.Generator
+) -> Batch:
+    """Draw pairs of one patient: slice uniform among all that the splits hold of the patient, crop uniform within the slice."""
+    slices = [(task, index) for task in sorted(splits) for index in splits[task].slices_by_patient.get(patient, ())]
+    chosen = [slices[number] for number in rng.integers(len(slices), size=count)]
+    pairs = np.empty((2, count, 1, patch_size, patch_size), np.float32)
+    for b, (task, index) in enumerate(chosen):
+        _crop(splits[task], index, rng, out=pairs[:, b, 0])
+    return Batch(torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1]), tuple(task for task, _ in chosen))
+
+
+def _crop(split: PreparedSplit, index: int, rng: np.random.Generator, out: np.ndarray) -> None:
+    """Write a random crop of a slice's two sides, mapped to 0..1, into `out` (2, P, P)."""
+    size = out.shape[-1]
+    lq, hq = (_at_least(image, size) for image in split.pair(index))
+    top = int(rng.integers(lq.shape[0] - size + 1))
+    left = int(rng.integers(lq.shape[1] - size + 1))
+    window = slice(top, top + size), slice(left, left + size)
+    low, high = split.task.intensity_range
+    for patch, image in zip(out, (lq, hq), strict=True):
+        np.subtract(image[window], np.float32(low), out=patch)
+        patch *= np.float32(1.0 / (high - low))
+        np.clip(patch, 0.0, 1.0, out=patch)
 
 
 def _at_least(image: np.ndarray, size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,15 @@ _JOURNAL = "journal.jsonl"  # what is stored already while prepare is at work
 
 @dataclass(frozen=True)
 class StoredCase:
-    """A case of a prepared split: `array` is (2, slices, rows, columns) float32, LQ then HQ, in physical units, memory-mapped."""
+    """A case of a prepared split: `array` is (2, slices, rows, columns) float32, LQ then HQ, in physical units, memory-mapped.
+
+    `sha256` is that of the array's bytes.
+    """
 
     name: str
     patient: str
     array: np.ndarray
+    sha256: str = ""
 
 
 class PreparedSplit:
@@ -54,6 +59,14 @@ class PreparedSplit:
     def num_patients(self) -> int:
         """How many different patients the split holds."""
         return len({case.patient for case in self.cases})
+
+    @cached_property
+    def slices_by_patient(self) -> dict[str, list[int]]:
+        """Pseudonym of each patient to the indices of that patient's slices. Stays at the site."""
+        slices: dict[str, list[int]] = {}
+        for case, end in zip(self.cases, self._ends, strict=True):
+            slices.setdefault(case.patient, []).extend(range(end - case.array.shape[1], end))
+        return slices
 
     def _locate(self, index: int) -> tuple[StoredCase, int]:
         if not 0 <= index < len(self):
@@ -106,7 +119,7 @@ def open_split(prepared_dir: Path, split: str) -> PreparedSplit:
             ) from None
         if list(array.shape) != entry["shape"]:
             raise ValueError("open_split: expected the shapes of the manifest, got others; delete the store and prepare again")
-        cases.append(StoredCase(entry["case"], entry["patient"], np.asarray(array)))
+        cases.append(StoredCase(entry["case"], entry["patient"], np.asarray(array), entry["sha256"]))
     return PreparedSplit(TASKS[manifest["task"]], cases)
 
 

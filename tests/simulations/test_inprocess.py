@@ -130,7 +130,7 @@ def test_the_record_says_who_is_better_off_alone(smoke_hospitals: list[Path], co
     split = open_split(prepare(site.data["CT"]), "validation")
     scores = evaluate_split(train_alone(site, config), split, config.evaluate, max_slices=config.evaluate.max_validation_slices)
     gain = scores["restored"].mean()["psnr"] - scores["input"].mean()["psnr"]
-    assert sites[site.name]["alone_gain_db"] == pytest.approx(gain)
+    assert sites[site.name]["alone_gain_db"] == pytest.approx(gain, abs=0.011)  # PSNRs leave with four digits
     facts = sites[site.name]
     assert facts["difference_db"] == pytest.approx(facts["together_gain_db"] - facts["alone_gain_db"])
     (kept,) = (site.state_dir / "alone").glob("*.json")

@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from tat_core import cli
+from tat_core.code import code_hash
 from tat_core.config import config_to_dict, load_config
 
 
@@ -43,7 +44,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_tat("--version") == 0
-    assert capsys.readouterr().out == f"fed-tat {version('fed-tat')}\n"
+    assert capsys.readouterr().out == f"fed-tat {version('fed-tat')}, code {code_hash()[:12]}\n"
 
 
 def test_config_show_is_yaml_that_resolves_to_the_same(capsys: pytest.CaptureFixture[str]) -> None:

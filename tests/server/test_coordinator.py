@@ -1,0 +1,105 @@
+"""coordinator.yaml, the bundle, the service that keeps a process going, and the files of deploy/."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from flwr.cli.build import build_fab_from_files
+
+from server.coordinator import EXAMPLE, FILE, read_coordinator
+from server.service import MARK, Service
+from server.superlink import PROJECT
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_says_what_the_defaults_are(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(EXAMPLE)
+    example = read_coordinator(tmp_path / FILE)
+    (tmp_path / FILE).write_text("{}")
+    assert read_coordinator(tmp_path / FILE) == example
+
+
+def test_a_run_resumes_by_itself_under_the_coordinators_folder(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("preset: smoke\noverrides: [name=first, output_dir=/elsewhere]\n")
+    run = read_coordinator(tmp_path / FILE).run
+    assert run is not None
+    assert (run.name, run.output_dir, run.resume) == ("first", str(tmp_path / "runs"), True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "listen: 8443", "listen: nowhere", "superlink_port: x", "superlink_port: true", "superlink_port: 0", "ports: 1",
+     "overrides: name=a", "overrides: [1]", "a: [", "preset: none-such", "preset: smoke\noverrides: [num_rounds=0]"],
+)  # fmt: skip
+def test_wrong_files_are_refused_in_words(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"(?s)(coordinator|config): expected .+, got .+; "):
+        read_coordinator(tmp_path / FILE)
+
+
+def test_the_coordinators_bundle_is_the_projects_and_holds_no_code() -> None:
+    ours, projects = (tomllib.loads(text)["tool"]["flwr"]["app"] for text in (PROJECT, (ROOT / "pyproject.toml").read_text()))
+    del projects["fab-exclude"]  # there is nothing to leave out
+    assert ours == projects
+    content, _ = build_fab_from_files({"pyproject.toml": PROJECT.format(version="0.1.0").encode()})
+    names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+    assert [name for name in names if not name.startswith(".info/")] == ["pyproject.toml"]
+
+
+DETACHES_AND_DIES = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+time.sleep(0.5)
+"""
+
+
+def test_what_a_dead_service_left_behind_ends_before_it_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    service = Service("x", [sys.executable, "-c", DETACHES_AND_DIES], tmp_path)
+    deadline = time.monotonic() + 30
+    marks: list[str] = []
+    while service.starts < 2 and time.monotonic() < deadline:
+        service.keep()
+        marks += [mark for process in psutil.Process().children() if (mark := _mark(process))]
+        time.sleep(0.1)
+    assert service.starts == 2
+    assert not [process for process in psutil.process_iter() if _mark(process) == marks[0]]
+    service.stop()
+    assert not [process for process in psutil.process_iter() if _mark(process) in marks]
+
+
+def test_units_are_valid() -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    for unit in sorted((ROOT / "deploy" / "systemd").glob("*.service")):
+        printed = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False).stderr
+        assert [line for line in printed.splitlines() if "is not executable: No such file" not in line] == []
+
+
+def test_compose_names_dockerfiles_that_copy_only_what_is_there() -> None:
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        recipe = (ROOT / service["build"]["dockerfile"]).read_text()
+        assert re.findall(r"^(?:FROM|RUN|ENTRYPOINT|USER)\b", recipe, re.M)
+        scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+        (entry,) = re.findall(r'^ENTRYPOINT \["([^"]+)"', recipe, re.M)
+        assert entry in scripts
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        return None

@@ -1,0 +1,47 @@
+"""A whole run with differential privacy, in one process: what leaves the hospitals, and what the run is left with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from client.site import load_site
+from client.work import evaluate_round, handle, train_round
+from server.strategy import run
+from simulations.inprocess import LocalSites
+from tat_core.checkpoint import arrays_of, model_hash, read_model
+from tat_core.config import load_config
+from tat_core.groups import group_of
+from tat_core.model.tat import build_model
+from tat_core.packet import Packet
+
+PRIVATE = ["privacy.enabled=true", "privacy.epsilon=8", "privacy.groups=[backbone,adapter]"]
+
+
+def test_a_private_run_ends_with_a_model_and_without_scores(smoke_hospitals: list[Path], tmp_path: Path) -> None:
+    config = load_config("smoke", PRIVATE)
+    run(config, LocalSites(smoke_hospitals, config), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[-1])
+    assert {facts["status"] for facts in record["sites"].values()} == {"ok"}
+    assert record["mean_gain_db"] is None
+    assert read_model(tmp_path / "run" / "model.safetensors").metadata["extra"]["round"] == config.num_rounds
+
+
+def test_a_private_reply_is_within_range_moves_what_is_trained_and_never_repeats(smoke_hospitals: list[Path]) -> None:
+    config = load_config("smoke", PRIVATE)
+    site = load_site(smoke_hospitals[0] / "site.yaml")
+    (task,) = site.data
+    base = arrays_of(build_model(config.model, config.seed))
+    version = {"run": "0" * 32, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)}
+    first, second = (handle(train_round, site, config, Packet(base, {}, version)) for _ in range(2))
+    assert first.error is None
+    for name, value in first.arrays.items():
+        assert value.any() == (group_of(name) != "hypernetwork"), name
+        assert value.any() != np.array_equal(value, second.arrays[name]), name
+    count = first.metrics[f"{task}.count"]
+    assert count == second.metrics[f"{task}.count"]
+    for name in ("input_sum", "change_sum", "loss_sum"):
+        assert 0 < first.metrics[f"{task}.{name}"] <= 0.1 * count
+    assert handle(evaluate_round, site, config, Packet(base, {}, version)).metrics == {}
