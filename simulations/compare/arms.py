@@ -31,7 +31,7 @@ from tat_core.train import make_optimiser, train
 
 EVERY_GROUP = f"federation.task_groups=[{','.join(GROUPS)}]"
 STOCK = ("federation.task_groups=[]", "balance.kind=equal", "federation.combination=shares", "train.keep_optimiser=false")
-CROSS_SLICES = 4  # of each site's test slices, for models that were trained elsewhere
+CROSS_SLICES = 2  # of each site's test slices, for models that were trained elsewhere
 CURVE_POINTS = 10
 
 
@@ -61,6 +61,15 @@ ARMS = {
     "fedavg": Arm("FedAvg", "federated", STOCK),
     "fedprox": Arm("FedProx, μ = 0.01", "federated", (*STOCK, "train.proximal=0.01")),
     "ours": Arm("F: ours", "federated"),
+    "without-task-code": Arm("ours, hypernetwork without a task's own code", "federated", ("model.task_code=false",)),
+    "without-awake": Arm(
+        "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
+    ),
+    "without-adapters": Arm("ours, nothing a task's own", "federated", ("federation.task_groups=[]",)),
+    "without-kept-optimiser": Arm("ours, optimiser's state dropped each round", "federated", ("train.keep_optimiser=false",)),
+    "without-server-lr": Arm("ours, server step not lengthened", "federated", ("federation.server_lr=1",)),
+    "without-turning": Arm("ours, not conflict-averse", "federated", ("federation.combination=shares",)),
+    "without-equal": Arm("ours, the closed-form balancer's shares", "federated", ("balance.kind=closed_form",)),
 }
 
 
@@ -189,9 +198,9 @@ def _score(models: Models, sites: Sequence[Site], job: Job) -> dict[str, dict[st
     for origin, network in models.items():
         for site in sites:
             for task in (t for t in job.config.tasks if t in site.data):
-                for name in ("validation", "test"):
+                limit = None if origin in ("all", site.name) else CROSS_SLICES
+                for name in ("test",) if limit else ("validation", "test"):
                     split = open_split(prepare(site.data[task]), name)
-                    limit = None if origin in ("all", site.name) else CROSS_SLICES
                     scored = list(score_slices(network(task), split, job.config.evaluate, job.device, limit))
                     values = {
                         f"{arm}.{measure}": [getattr(one.arms[arm], f"{measure}_sum") for one in scored if one.arms]
