@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -67,7 +67,7 @@ def cells(size: int, window: int) -> tuple[list[slice], Tensor]:
     return [slice(low, high) for low, high in pairwise(cuts)], torch.tensor(cover)
 
 
-def _sums(parts: Sequence[Tensor], cover: Tensor) -> Tensor:
+def _sums(parts: tuple[Tensor, ...], cover: Tensor) -> Tensor:
     """What every window adds up to: a (B, …) per cell in, (windows · B, …) in fp32 or better out."""
     whole = torch.stack(parts)
     whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
