@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def train_alone(site: Site, config: RunConfig, on_step: Callable[[int], None] | 
         training_splits(site, config),
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name)]),
-        num_steps=config.num_rounds * config.train.local_steps,
+        num_steps=_steps_alone(config),
         device=site.device,
         on_step=on_step,
     )
@@ -52,6 +53,7 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
     check_metrics(site, "scores")
     agreed_splits(site, config)
     relevant = {key: value for key, value in config_to_dict(config).items() if key not in _IRRELEVANT}
+    relevant["steps"] = _steps_alone(config)
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
     path = site.state_dir / "alone" / f"{digest}.json"
     if path.is_file():
@@ -63,6 +65,11 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(metrics))
     return Packet({}, metrics, answer_to(instruction, site))
+
+
+def _steps_alone(config: RunConfig) -> int:
+    """As many as the hospital takes in the run and after it."""
+    return config.num_rounds * config.train.local_steps + config.federation.fine_tune_steps
 
 
 def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -95,12 +102,17 @@ def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> d
     return arrays | {key: value for key, value in trained_arrays(model, own).items() if key in arrays}
 
 
+def kept_model(site: Site, config: RunConfig) -> Path:
+    """The file of the released model that was fitted to the hospital's own images."""
+    return site.state_dir / "models" / f"{config.name}.safetensors"
+
+
 def fine_tune_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Fit the released model to the hospital's own images, keep the result under ``models/``, and score it; it never leaves."""
     released = verified(instruction)
     agreed_splits(site, config)
     run, base = str(instruction.config["run"]), str(instruction.config["base"])
-    path = site.state_dir / "models" / f"{config.name}.safetensors"
+    path = kept_model(site, config)
     if not path.is_file() or read_model(path).metadata["extra"].get("fine_tuned_from") != base:
         arrays = fine_tune(site, config, released | kept_at_site(site, config, run, int(instruction.config["round"])))
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from scipy.stats import bootstrap
 from simulations.compare.arms import ARMS, Job, do
 from simulations.compare.report import judge, write_report
 from simulations.compare.stats import difference, gap_closed, paired_interval
+from tat_core.config import config_to_dict
 
 TASK_OF = {"a": "CT", "b": "CT", "c": "PET"}
 
@@ -91,11 +92,10 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     smoke_hospitals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
     sites = tuple(smoke_hospitals)
-    job = Job(
-        arm, 1, "smoke", ("num_rounds=1", "train.local_steps=2", "evaluate.max_validation_slices=1"), sites, tmp_path, "cpu"
-    )
+    overrides = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
+    job = Job(arm, 1, "smoke", overrides, 4, sites, tmp_path, "cpu")
     result = do(job)
-    origin = {"alone": "ct-abdomen"}.get(arm, "all")
+    origin = "ct-abdomen" if arm in ("alone", "ours") else "all"
     scores = result["scores"][origin]["ct-abdomen"]["test"]
     assert len(scores["restored.psnr"]) == len(scores["input.psnr"]) > 0
     assert np.isfinite(scores["restored.psnr"]).all()
@@ -104,7 +104,16 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     assert replace(job, seed=2).result_file != job.result_file
 
 
-def test_every_factor_of_ours_is_switched_off_once() -> None:
-    assert len({arm.overrides for arm in ARMS.values() if arm.how == "federated"}) == sum(
-        a.how == "federated" for a in ARMS.values()
-    )
+def test_arms_differ_and_take_the_same_number_of_steps(tmp_path: Path) -> None:
+    configs = {
+        arm: Job(arm, 1, "demo", (), 600, (tmp_path,), tmp_path, "cpu").config
+        for arm, facts in ARMS.items()
+        if facts.how == "federated"
+    }
+    assert len({json.dumps(config_to_dict(config), sort_keys=True) for config in configs.values()}) == len(configs)
+    for config in configs.values():
+        assert config.num_rounds * config.train.local_steps + config.federation.fine_tune_steps == 600
+    with pytest.raises(
+        ValueError, match=r"compare: expected steps in rounds to be a multiple of train.local_steps = 10, got 605"
+    ):
+        _ = Job("alone", 1, "demo", (), 605, (tmp_path,), tmp_path, "cpu").config
