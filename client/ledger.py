@@ -67,7 +67,9 @@ def marks_of(splits: Iterable[PreparedSplit]) -> list[str]:
     marks = set()
     for split in splits:
         marks |= {case.sha256 for case in split.cases}
-        marks |= {hashlib.sha256(f"patient {name}".encode("utf-8", "surrogateescape")).hexdigest() for name in split.slices_by_patient}
+        marks |= {
+            hashlib.sha256(f"patient {name}".encode("utf-8", "surrogateescape")).hexdigest() for name in split.slices_by_patient
+        }
     return sorted(marks)
 
 
