@@ -1,17 +1,29 @@
-"""What a hospital would have without the others: its own model, from the same start and with the same number of steps."""
+"""Models that stay at the hospital: the one it would have without the others, and the released one fitted to its own images."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from client.consent import check_metrics
 from client.site import Site
-from client.work import agreed_splits, answer_to, name_seed, score_validation, training_splits
-from tat_core.checkpoint import replacing
+from client.work import (
+    agreed_splits,
+    answer_to,
+    kept_at_site,
+    name_seed,
+    network_of,
+    own_of,
+    score_validation,
+    trained_arrays,
+    training_splits,
+    verified,
+)
+from tat_core.checkpoint import read_model, replacing, save_model
 from tat_core.config import RunConfig, config_to_dict
 from tat_core.model.tat import TAT, build_model
 from tat_core.packet import Packet
@@ -29,7 +41,7 @@ def train_alone(site: Site, config: RunConfig, on_step: Callable[[int], None] | 
         training_splits(site, config),
         config.train,
         rng=np.random.default_rng([config.seed, name_seed(site.name)]),
-        num_steps=config.num_rounds * config.train.local_steps,
+        num_steps=_steps_alone(config),
         device=site.device,
         on_step=on_step,
     )
@@ -41,6 +53,7 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
     check_metrics(site, "scores")
     agreed_splits(site, config)
     relevant = {key: value for key, value in config_to_dict(config).items() if key not in _IRRELEVANT}
+    relevant["steps"] = _steps_alone(config)
     digest = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
     path = site.state_dir / "alone" / f"{digest}.json"
     if path.is_file():
@@ -52,3 +65,58 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(metrics))
     return Packet({}, metrics, answer_to(instruction, site))
+
+
+def _steps_alone(config: RunConfig) -> int:
+    """As many as the hospital takes in the run and after it."""
+    return config.num_rounds * config.train.local_steps + config.federation.fine_tune_steps
+
+
+def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fit a released model to the hospital's own images: every parameter, for ``federation.fine_tune_steps`` steps.
+
+    Parameters
+    ----------
+    site : Site
+    config : RunConfig
+    arrays : dict of key to array
+        Shared parameters and the tasks' own (`tat_core.sharing`).
+
+    Returns
+    -------
+    dict of key to array
+        The same keys; tasks that the hospital lacks keep their own.
+    """
+    splits = training_splits(site, config)
+    own = {task: own_of(arrays, task) for task in splits}
+    model = network_of(config, arrays, next(iter(splits))).to(site.device)
+    train(
+        model,
+        splits,
+        config.train,
+        rng=np.random.default_rng([config.seed, name_seed(site.name), config.num_rounds + 1]),
+        num_steps=config.federation.fine_tune_steps,
+        device=site.device,
+        own=own,
+    )
+    return arrays | {key: value for key, value in trained_arrays(model, own).items() if key in arrays}
+
+
+def kept_model(site: Site, config: RunConfig) -> Path:
+    """The file of the released model that was fitted to the hospital's own images."""
+    return site.state_dir / "models" / f"{config.name}.safetensors"
+
+
+def fine_tune_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
+    """Fit the released model to the hospital's own images, keep the result under ``models/``, and score it; it never leaves."""
+    released = verified(instruction)
+    agreed_splits(site, config)
+    run, base = str(instruction.config["run"]), str(instruction.config["base"])
+    path = kept_model(site, config)
+    if not path.is_file() or read_model(path).metadata["extra"].get("fine_tuned_from") != base:
+        arrays = fine_tune(site, config, released | kept_at_site(site, config, run, int(instruction.config["round"])))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"run": config.name, "fine_tuned_from": base, "steps": config.federation.fine_tune_steps}
+        save_model(path, arrays, config.model, facts)
+    kept = read_model(path)
+    return Packet({}, score_validation(site, config, lambda task: kept.network(task)), answer_to(instruction, site))

@@ -7,7 +7,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from client.alone import baseline_round
+from client.alone import baseline_round, fine_tune_round
 from client.outgoing import refusal
 from client.site import load_site
 from client.wire import Parcel
@@ -23,6 +23,7 @@ ACTIONS: dict[str, Action] = {
     "query": describe,
     "train": train_round,
     "train.baseline": baseline_round,
+    "train.fine_tune": fine_tune_round,
     "evaluate": evaluate_round,
 }
 

@@ -38,6 +38,12 @@ def baseline(message: Message, context: Context) -> Message:
     return _answer("train.baseline", message, context)
 
 
+@app.train("fine_tune")
+def fine_tune(message: Message, context: Context) -> Message:
+    """Fit the released model to this site's images; it stays here, and is scored."""
+    return _answer("train.fine_tune", message, context)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Score the global model on the validation patients."""

@@ -61,7 +61,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     if not 0 < steps <= config.train.local_steps:
         raise SiteRefusalError("BAD_STEPS", f"{steps} local steps are asked for where the run has {config.train.local_steps}")
     check_metrics(site, "losses")
-    _verified(instruction)
+    verified(instruction)
     splits = agreed_splits(site, config)
     contents = [case.sha256 for split in splits.values() for case in split.cases]
     run, release = str(instruction.config["run"]), _release(config, instruction, contents)
@@ -91,9 +91,9 @@ def _train(
 ) -> Packet:
     arrays, tasks = instruction.arrays, list(splits)
     run, round_number = str(instruction.config["run"]), int(instruction.config["round"])
-    own = {task: _own(arrays, task) for task in tasks}
-    kept = _kept(site, config, run, round_number - 1)
-    model = _network(config, arrays | kept, tasks[0])
+    own = {task: own_of(arrays, task) for task in tasks}
+    kept = kept_at_site(site, config, run, round_number - 1)
+    model = network_of(config, arrays | kept, tasks[0])
     optimiser = make_optimiser(model.to(site.device), config.train)
     if config.train.keep_optimiser:
         load_optimiser(site, run, round_number, optimiser)
@@ -117,7 +117,7 @@ def _train(
         save_optimiser(site, run, round_number, optimiser)
     if kept:
         save_own(site, run, round_number, {name: value for name, value in arrays_of(model).items() if name in kept})
-    trained = arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in tasks for name, value in own[task].items()}
+    trained = trained_arrays(model, own)
     update = {key: trained[key] - value for key, value in arrays.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)
     return Packet(update, stats_to_metrics(result.stats), answer_to(instruction, site))
@@ -125,9 +125,9 @@ def _train(
 
 def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     """Score the global model on the site's validation patients; sums and counts are all that leaves."""
-    arrays = _verified(instruction)
-    arrays = arrays | _kept(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
-    metrics = score_validation(site, config, lambda task: _network(config, arrays, task))
+    arrays = verified(instruction)
+    arrays = arrays | kept_at_site(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
+    metrics = score_validation(site, config, lambda task: network_of(config, arrays, task))
     return Packet({}, metrics, answer_to(instruction, site))
 
 
@@ -239,14 +239,14 @@ def _split(site: Site, task: str, split: str) -> PreparedSplit:
     return open_split(prepare(site.data[task]), split)
 
 
-def _verified(instruction: Packet) -> dict[str, np.ndarray]:
+def verified(instruction: Packet) -> dict[str, np.ndarray]:
     """The arrays that came with an instruction, checked against the version that the coordinator states."""
     if model_hash(instruction.arrays) != instruction.config["base"]:
         raise SiteRefusalError("BASE_MISMATCH", "the model that arrived does not have the hash that the coordinator states")
     return instruction.arrays
 
 
-def _kept(site: Site, config: RunConfig, run: str, round_number: int) -> dict[str, np.ndarray]:
+def kept_at_site(site: Site, config: RunConfig, run: str, round_number: int) -> dict[str, np.ndarray]:
     """The parameters that never leave the site, as they were after a round."""
     groups = config.federation.site_groups
     if not groups:
@@ -255,12 +255,19 @@ def _kept(site: Site, config: RunConfig, run: str, round_number: int) -> dict[st
     return {name: value for name, value in start.items() if group_of(name) in groups} | load_own(site, run, round_number)
 
 
-def _network(config: RunConfig, arrays: dict[str, np.ndarray], task: str) -> TAT:
+def network_of(config: RunConfig, arrays: dict[str, np.ndarray], task: str) -> TAT:
+    """The network as it is for one task."""
     model = TAT(config.model)
     load_arrays(model, view(arrays, task))
     return model
 
 
-def _own(arrays: dict[str, np.ndarray], task: str) -> dict[str, torch.Tensor]:
+def own_of(arrays: dict[str, np.ndarray], task: str) -> dict[str, torch.Tensor]:
+    """Copies of a task's own parameters, by name in the network, for `tat_core.train.train` to change."""
     keys = [(key, name) for key in arrays for owner, name in [owner_of(key)] if owner == task]
     return {name: torch.from_numpy(arrays[key].copy()) for key, name in keys}
+
+
+def trained_arrays(model: TAT, own: dict[str, dict[str, torch.Tensor]]) -> dict[str, np.ndarray]:
+    """What training left: the network's parameters, and the tasks' own under their keys."""
+    return arrays_of(model) | {f"{task}:{name}": value.cpu().numpy() for task in own for name, value in own[task].items()}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from server.harm import COMPARISON, is_better_alone
 from tat_core.record import RunRecord, is_run, last_sign_of_life, read_record, state_of
 
 app = typer.Typer(no_args_is_help=True, help="Look at runs from their record.")
@@ -51,8 +52,8 @@ def status(run: RunName, runs: RunsFolder = Path("runs")) -> None:
     _print(Text.assemble((record.folder.name, "bold"), ": ", (state, _STYLES[state]), f", {_progress(record, state, now)}"))
     if record.rounds:
         _print(_task_table(record), "", _site_table(record))
-    if (record.folder / "alone.json").is_file():
-        _print("", _harm_table(json.loads((record.folder / "alone.json").read_text())["sites"]))
+    if (record.folder / COMPARISON).is_file():
+        _print("", _harm_table(json.loads((record.folder / COMPARISON).read_text())["sites"]))
     for note in record.notes:
         _print(Text(note, style="yellow"))
     if state == "silent":
@@ -183,15 +184,12 @@ def _site_table(record: RunRecord) -> Table:
 
 
 def _harm_table(sites: dict[str, dict[str, float]]) -> Table:
-    table = _table("Hospital", "Together dB", "Alone dB", "Difference dB")
-    for site, facts in sorted(sites.items()):
-        difference = facts["difference_db"]
-        table.add_row(
-            site,
-            _number(facts["together_gain_db"], "+.2f"),
-            _number(facts["alone_gain_db"], "+.2f"),
-            Text(_number(difference, "+.2f"), style="red" if difference < 0 else ""),
-        )
+    titles = {"together": "Together dB", "fine_tuned": "Fine-tuned dB", "alone": "Alone dB"}
+    shown = [name for name in titles if any(f"{name}_gain_db" in gains for gains in sites.values())]
+    table = _table("Hospital", *(titles[name] for name in shown))
+    for site, gains in sorted(sites.items()):
+        style = "red" if is_better_alone(gains) else ""
+        table.add_row(Text(site, style=style), *(_number(gains.get(f"{name}_gain_db"), "+.2f") for name in shown))
     return table
 
 

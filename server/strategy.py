@@ -19,7 +19,7 @@ from server.aggregate import Spooled, task_means, total_stats
 from server.collect import NobodyRepliedError, collect, instruct
 from server.combine import Gram, combine, conflict_averse
 from server.guard import examine_scores
-from server.harm import write_comparison
+from server.harm import COMPARISON, wanted_models, write_comparison
 from server.journal import ServerState
 from server.optimise import Moments, advance
 from server.scores import gain_by_site, mean_gain_db, pool_scores
@@ -76,10 +76,11 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
             log.warning("%s; asking again", silence)
         else:
             before, heard = members, time.monotonic()
-    if config.federation.baseline and not (folder / "alone.json").exists():
+    models = wanted_models(config.federation)
+    if len(models) > 1 and not (folder / COMPARISON).exists():
         released, members = read_model(folder / "model.safetensors").arrays, sites.members(config)
-        together, alone = (ask_scores(kind, released, state, config, sites, members) for kind in ("evaluate", "train.baseline"))
-        write_comparison(folder, gain_by_site(together, config.tasks), gain_by_site(alone, config.tasks))
+        scores = {name: ask_scores(kind, released, state, config, sites, members) for name, kind in models.items()}
+        write_comparison(folder, {name: gain_by_site(found, config.tasks) for name, found in scores.items()})
     return state
 
 
@@ -266,7 +267,8 @@ def ask_scores(
     Parameters
     ----------
     kind : str
-        ``evaluate`` scores `arrays`, ``train.baseline`` a model that each site trains alone.
+        ``evaluate`` scores `arrays`, ``train.fine_tune`` what each site makes of them for itself, ``train.baseline`` a model
+        that each site trains alone.
     arrays, state, config, sites, members
     """
     metrics: dict[str, Mapping[str, int | float]] = {}

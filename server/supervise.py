@@ -14,6 +14,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from server.consortium import AUTHORITY, COORDINATOR, active_keys, expiries, utc_now
 from server.coordinator import CoordinatorConfig, proxy_command, proxy_configuration, superlink_command
+from server.harm import COMPARISON, wanted_models
 from server.service import FIRST_PAUSE_S, LONGEST_PAUSE_S, Service
 from server.superlink import control, register_only, run_status, start_run
 from tat_core.files import write_file
@@ -127,7 +128,7 @@ class _Run:
         assert run is not None, "made for a coordinator that has a run"
         self._preset, self._overrides = run.preset, shlex.join(config.run_overrides)
         self._folder, self._num_rounds = Path(run.output_dir) / run.name, run.num_rounds
-        self._compares = run.federation.baseline
+        self._compares = len(wanted_models(run.federation)) > 1
         self._id: int | None = None
         self._next_start, self._pause, self._rounds = 0.0, FIRST_PAUSE_S, 0
 
@@ -162,5 +163,5 @@ class _Run:
         return len(read_record(self._folder).rounds) if is_run(self._folder) else 0
 
     def _is_finished(self) -> bool:
-        compared = not self._compares or (self._folder / "alone.json").exists()
+        compared = not self._compares or (self._folder / COMPARISON).exists()
         return self._rounds_done() >= self._num_rounds and compared

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.alone import train_alone
+from client.alone import kept_model, train_alone
 from client.site import Site, load_site
 from tat_core.checkpoint import arrays_of, read_model, save_model
 from tat_core.config import RunConfig
@@ -21,7 +21,7 @@ from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import Scores, evaluate_split, restore_image
 from tat_core.model.allocator import tune_allocator
 
-ARMS = ("input", "alone", "together")
+ARMS = ("input", "alone", "together", "fine_tuned")
 
 _progress: Any = None
 
@@ -59,6 +59,8 @@ def score(job: Job) -> dict[str, Any]:
             "alone": read_model(job.alone_file(site)).network().to(site.device),
             "together": read_model(job.run_folder / "model.safetensors").network(task).to(site.device),
         }
+        if config.federation.fine_tune_steps:
+            models["fine_tuned"] = read_model(kept_model(site, config)).network(task).to(site.device)
         split = open_split(prepare(site.data[task]), "test")
         scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}
         result["tasks"][task] = {"input": scores["alone"]["input"], **{name: scores[name]["restored"] for name in models}}
@@ -112,10 +114,10 @@ def _keep_panel(path: Path, models: dict[str, torch.nn.Module], split: PreparedS
         name: restore_image(model, lq, split.task, config.evaluate.tile_size, config.evaluate.tile_overlap, device)
         for name, model in models.items()
     }
-    np.savez_compressed(path, lq=lq, hq=hq, alone=restored["alone"], together=restored["together"])
+    np.savez_compressed(path, **{"lq": lq, "hq": hq, **restored})  # type: ignore[arg-type]
 
 
 def total_scores(results: Sequence[dict[str, Any]], task: str) -> dict[str, Scores]:
     """Sum of the hospitals' scores of one task, by arm."""
     parts = [result["tasks"][task] for result in results if task in result["tasks"]]
-    return {arm: sum((part[arm] for part in parts), Scores()) for arm in ARMS}
+    return {arm: sum((part[arm] for part in parts), Scores()) for arm in ARMS if all(arm in part for part in parts)}

@@ -6,14 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from client.alone import baseline_round
+from client.alone import baseline_round, fine_tune_round
 from client.site import Site, load_site
 from client.work import describe, evaluate_round, handle, train_round
 from server.sites import SiteInfo, read_introduction
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
 
-ACTIONS = {"train": train_round, "train.baseline": baseline_round, "evaluate": evaluate_round}
+ACTIONS = {
+    "train": train_round,
+    "train.baseline": baseline_round,
+    "train.fine_tune": fine_tune_round,
+    "evaluate": evaluate_round,
+}
 
 
 class LocalSites:

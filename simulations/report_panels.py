@@ -21,7 +21,13 @@ _MIN_SIDE = 512
 # The error's scale as a share of the display window.
 _ERROR_SHARE = 0.25
 _ERROR_COLOURS = "inferno"
-_ARMS = {"lq": "Input", "alone": "Trained alone", "together": "Trained together", "hq": "Target"}
+_ARMS = {
+    "lq": "Input",
+    "alone": "Trained alone",
+    "together": "Trained together",
+    "fine_tuned": "Together, fine-tuned",
+    "hq": "Target",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ def read_panel(path: Path, task: Task) -> Panel:
     Parameters
     ----------
     path : pathlib.Path
-        An ``.npz`` with 2-D arrays ``lq``, ``hq`` and any of ``alone`` and ``together``, in ``task.unit``; rows anterior to
-        posterior, columns from the patient's right to left.
+        An ``.npz`` with 2-D arrays ``lq``, ``hq`` and any of ``alone``, ``together`` and ``fine_tuned``, in ``task.unit``; rows
+        anterior to posterior, columns from the patient's right to left.
     task : Task
 
     Raises

@@ -15,7 +15,7 @@ from rich.text import Text
 from tat_core.metrics import DATA_RANGE
 from tat_core.tasks import TASKS
 
-ARMS = {"input": "Input", "alone": "Alone", "together": "Together"}
+ARMS = {"input": "Input", "alone": "Alone", "together": "Together", "fine_tuned": "Fine-tuned"}
 # Key, label, digits after the point (None: three significant), and whether more is better.
 METRICS = (("psnr", "PSNR", 2, True), ("ssim", "SSIM", 4, True), ("rmse", "RMSE", None, False))
 
@@ -33,7 +33,8 @@ class Row:
     cells : list of (str, bool)
         Metric by metric, arm by arm: the number, and whether it is the best of its metric.
     gain, over_alone, required : str
-        PSNR together minus that of the input, minus that of training alone, and what was asked of the first; in dB.
+        PSNR together minus that of the input and what was asked of it; that of the hospital's last model (fine-tuned, or
+        together if there is none) minus that of training alone; in dB.
     """
 
     name: str
@@ -118,7 +119,7 @@ def _row(name: str, entry: Mapping[str, Any], arms: list[str]) -> Row:
             for cell in _cells([scores.get(arm, {}).get(key) for arm in arms], digits, more)
         ],
         number(_difference(psnr["together"], psnr["input"]), 2, sign=True),
-        number(_difference(psnr["together"], psnr["alone"]), 2, sign=True),
+        number(_difference(psnr["fine_tuned"] or psnr["together"], psnr["alone"]), 2, sign=True),
         number(entry.get("required_gain_db"), 2),
         # Without a requirement nothing was passed, whatever the gain.
         entry.get("passed") if entry.get("required_gain_db") is not None else None,

@@ -133,7 +133,7 @@ def summarise(config: RunConfig, folder: Path, results: list[dict[str, Any]], se
             "task": task,
             "scanner": result["scanner"],
             "synthetic": result["synthetic"],
-            "arms": {arm: scores[arm].mean() for arm in ARMS},
+            "arms": {arm: scores[arm].mean() for arm in ARMS if arm in scores},
         }
         for result in results
         for task, scores in result["tasks"].items()

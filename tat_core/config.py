@@ -188,6 +188,11 @@ class FederationConfig:
     baseline: bool = setting(
         False, "After the last round every site trains a model of its own once, and the record says who is better off alone."
     )
+    fine_tune_steps: int = setting(
+        0,
+        "After the last round every site fits the released model to its own images, with so many steps, and keeps the result.",
+        at_least=0,
+    )
     evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)
 
     def __post_init__(self) -> None:

@@ -23,12 +23,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from server.aggregate import read_spool, spool, task_means
+from server.aggregate import read_spool, spool, task_means, total_stats
 from server.collect import instruct
 from server.guard import examine
+from server.journal import ServerState
 from server.sites import SiteInfo
-from server.strategy import run
-from tat_core.config import RunConfig, load_config
+from server.strategy import run, step
+from tat_core.balance import BalanceState, balance, step_shares
+from tat_core.config import BalanceConfig, RunConfig, load_config
 from tat_core.packet import Packet
 
 TASKS = ("CT", "MRI", "PET")
@@ -38,6 +40,7 @@ TARGETS = {
     "spool_over_write": 3.0,
     "mean_over_numpy": 3.0,
     "seconds_per_site_1000_over_100": 1.5,
+    "seconds_between_tasks": 1.0,
 }
 
 
@@ -119,6 +122,30 @@ def compare_means(config: RunConfig, files: int, repeats: int) -> tuple[float, f
     return statistics.median(ours), statistics.median(bare)
 
 
+def compare_combining(config: RunConfig, repeats: int) -> tuple[float, float]:
+    """Seconds to balance three tasks and combine their updates conflict-averse, and for a bare mean of the same three files."""
+    with tempfile.TemporaryDirectory(prefix="bench-engine-") as name:
+        folder = Path(name)
+        instruction = _instruction(config)
+        for number, task in enumerate(TASKS):
+            reply = synthetic_reply(instruction, task, 1e-3 * (number + 1))
+            spool(folder, f"site-{number:04d}", reply, {"scale": 1.0}, "0")
+        state = ServerState("0" * 32, 0, dict(instruction.arrays), BalanceState())
+        replies, balancing = read_spool(folder, "0"), BalanceConfig(kind="published")
+        federation = replace(config.federation, combination="conflict_averse")
+
+        def between_tasks() -> None:
+            stats = total_stats(replies)
+            after, weights = balance(state.balance, stats, balancing)
+            step(state, replies, step_shares(after, weights, stats, balancing), federation)
+
+        ours, bare = [], []
+        for _ in range(repeats):
+            ours.append(_seconds(between_tasks))
+            bare.append(_seconds(lambda: _bare_mean(sorted(folder.glob("*.safetensors")), list(instruction.arrays))))
+    return statistics.median(ours), statistics.median(bare)
+
+
 def _instruction(config: RunConfig) -> Packet:
     from tat_core.checkpoint import arrays_of
     from tat_core.model.tat import build_model
@@ -178,6 +205,7 @@ def main() -> None:
     peaks = {sites: peak_memory(sites, config) for sites in (4, 64)}
     spooled, written = compare_spooling(config, repeats)
     mean, bare = compare_means(config, 16, repeats)
+    combined, averaged = compare_combining(config, repeats)
     few, many = seconds_per_site(100), seconds_per_site(100 if quick else 1000)
     figures = {
         "seconds_per_site_1000_over_100": many / few,
@@ -185,13 +213,15 @@ def main() -> None:
         "memory_64_over_model": peaks[64] / model_bytes,
         "spool_over_write": spooled / written,
         "mean_over_numpy": mean / bare,
+        "seconds_between_tasks": combined - averaged,
     }
-    table = Table("figure", "ours", "beside", "ratio", "target")
+    table = Table("figure", "ours", "beside", "ratio or difference", "target")
     rows = {
         "memory_64_over_4": (f"{peaks[64] / 1e6:.0f} MB, 64 sites", f"{peaks[4] / 1e6:.0f} MB, 4 sites"),
         "memory_64_over_model": (f"{peaks[64] / 1e6:.0f} MB, 64 sites", f"{model_bytes / 1e6:.0f} MB, model"),
         "spool_over_write": (f"{spooled:.2f} s guard and spool", f"{written:.2f} s bare write"),
         "mean_over_numpy": (f"{mean:.2f} s mean of 16", f"{bare:.2f} s numpy"),
+        "seconds_between_tasks": (f"{combined:.2f} s balance, combine", f"{averaged:.2f} s bare mean of 3"),
         "seconds_per_site_1000_over_100": (f"{many * 1e3:.1f} ms a site, 1000", f"{few * 1e3:.1f} ms a site, 100"),
     }
     for name, (ours, beside) in rows.items():

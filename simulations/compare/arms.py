@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from client.alone import train_alone
+from client.alone import kept_model, train_alone
 from client.site import Site, load_site
 from server.strategy import run
 from simulations.inprocess import LocalSites
-from tat_core.checkpoint import read_model, replacing
+from tat_core.checkpoint import SavedModel, read_model, replacing
 from tat_core.config import RunConfig, config_to_dict, load_config
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import score_slices
@@ -30,8 +30,13 @@ from tat_core.model.weight_net import WeightNet
 from tat_core.train import make_optimiser, train
 
 EVERY_GROUP = f"federation.task_groups=[{','.join(GROUPS)}]"
-STOCK = ("federation.task_groups=[]", "balance.kind=equal", "federation.combination=shares", "train.keep_optimiser=false")
-CROSS_SLICES = 4  # of each site's test slices, for models that were trained elsewhere
+STOCK_TUNED = (
+    *("federation.task_groups=[]", "federation.combination=shares", "federation.server_lr=1"),
+    *("balance.kind=equal", "train.keep_optimiser=false"),
+)
+STOCK = (*STOCK_TUNED, "federation.fine_tune_steps=0")
+WITHIN = (EVERY_GROUP, "federation.server_lr=1", "train.keep_optimiser=false", "federation.fine_tune_steps=0")
+CROSS_SLICES = 2  # of each site's test slices, for models that were trained elsewhere
 CURVE_POINTS = 10
 
 
@@ -55,32 +60,75 @@ class Arm:
 
 ARMS = {
     "alone": Arm("L: each hospital alone", "alone"),
-    "within": Arm("W: averaged within each task only", "federated", (EVERY_GROUP, "train.keep_optimiser=false")),
+    "within": Arm("W: averaged within each task only", "federated", WITHIN),
     "specialist": Arm("S: pooled, one network per task", "specialist"),
     "pooled": Arm("P: pooled, one network, published loss", "pooled"),
     "fedavg": Arm("FedAvg", "federated", STOCK),
+    "fedavg-tuned": Arm("FedAvg, then fine-tuned like ours", "federated", STOCK_TUNED),
     "fedprox": Arm("FedProx, μ = 0.01", "federated", (*STOCK, "train.proximal=0.01")),
     "ours": Arm("F: ours", "federated"),
+    "without-fine-tuning": Arm("ours, the released model as it is", "federated", ("federation.fine_tune_steps=0",)),
+    "without-task-code": Arm("ours, hypernetwork without a task's own code", "federated", ("model.task_code=false",)),
+    "without-awake": Arm(
+        "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
+    ),
+    "without-adapters": Arm("ours, nothing a task's own", "federated", ("federation.task_groups=[]",)),
+    "without-kept-optimiser": Arm("ours, optimiser's state dropped each round", "federated", ("train.keep_optimiser=false",)),
+    "without-server-lr": Arm("ours, server step not lengthened", "federated", ("federation.server_lr=1",)),
+    "with-balancer": Arm("ours, shares by the closed-form balancer", "federated", ("balance.kind=closed_form",)),
+    "with-turning": Arm("ours, conflict-averse", "federated", ("federation.combination=conflict_averse",)),
 }
+
+
+def is_variation(arm: str) -> bool:
+    """Whether an arm is ours with one factor changed."""
+    return arm.startswith(("with-", "without-"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arm with one seed; `key` names its result and changes with everything that it depends on."""
+    """One arm with one seed.
+
+    Attributes
+    ----------
+    arm : str
+    seed : int
+    preset : str
+    overrides : tuple of str
+        Of every arm.
+    steps : int
+        Optimiser steps of a hospital in all, those of fine-tuning among them.
+    hospitals : tuple of Path
+    folder : Path
+        For results and runs.
+    device : str
+    """
 
     arm: str
     seed: int
     preset: str
     overrides: tuple[str, ...]
+    steps: int
     hospitals: tuple[Path, ...]
     folder: Path
     device: str
 
     @property
     def config(self) -> RunConfig:
-        """The resolved configuration."""
+        """The resolved configuration: as many rounds as the steps allow; it is scored by the comparison itself."""
+        arm = ARMS[self.arm]
         fixed = (f"seed={self.seed}", f"output_dir={self.folder}", f"federation.num_sites={len(self.hospitals)}")
-        return load_config(self.preset, [*self.overrides, *ARMS[self.arm].overrides, *fixed])
+        config = load_config(self.preset, [*self.overrides, *arm.overrides, *fixed])
+        if arm.how != "federated":
+            config = replace(config, federation=replace(config.federation, fine_tune_steps=0))
+        in_rounds = self.steps - config.federation.fine_tune_steps
+        rounds, left = divmod(in_rounds, config.train.local_steps)
+        if left or rounds < 1:
+            raise ValueError(
+                f"compare: expected steps in rounds to be a multiple of train.local_steps = {config.train.local_steps}, got "
+                f"{in_rounds} ({self.arm}); change the steps"
+            )
+        return replace(config, num_rounds=rounds, federation=replace(config.federation, evaluate_every=rounds))
 
     @property
     def result_file(self) -> Path:
@@ -170,10 +218,16 @@ def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
     state = run(config, LocalSites(job.hospitals, config, job.device), folder)
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     curve = [{task: facts["loss"] / facts["input_loss"] for task, facts in line["tasks"].items()} for line in lines]
-    released = read_model(folder / "model.safetensors")
+    files = {"all": folder / "model.safetensors"}
     for site in sites:
         shutil.rmtree(site.state_dir / "runs" / state.run, ignore_errors=True)
-    return {"all": lambda task: released.network(task).to(job.device)}, curve
+        if config.federation.fine_tune_steps:
+            files[site.name] = Path(shutil.move(kept_model(site, config), folder / f"{site.name}.safetensors"))
+    return {origin: _released(read_model(file), job.device) for origin, file in files.items()}, curve
+
+
+def _released(saved: SavedModel, device: str) -> Callable[[str], TAT]:
+    return lambda task: saved.network(task).to(device)
 
 
 def _always(model: TAT) -> Callable[[str], TAT]:
@@ -187,11 +241,12 @@ def _score(models: Models, sites: Sequence[Site], job: Job) -> dict[str, dict[st
     """Where trained → where tested → task and, by arm and measure, a value per test slice."""
     scores: dict[str, dict[str, Any]] = {}
     for origin, network in models.items():
-        for site in sites:
+        # A fine-tuned model knows its hospital's tasks alone.
+        for site in sites if origin == "all" or "all" not in models else [site for site in sites if site.name == origin]:
             for task in (t for t in job.config.tasks if t in site.data):
-                for name in ("validation", "test"):
+                limit = None if origin in ("all", site.name) else CROSS_SLICES
+                for name in ("test",) if limit else ("validation", "test"):
                     split = open_split(prepare(site.data[task]), name)
-                    limit = None if origin in ("all", site.name) else CROSS_SLICES
                     scored = list(score_slices(network(task), split, job.config.evaluate, job.device, limit))
                     values = {
                         f"{arm}.{measure}": [getattr(one.arms[arm], f"{measure}_sum") for one in scored if one.arms]

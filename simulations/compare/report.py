@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.table import Table
 
-from simulations.compare.arms import ARMS
+from simulations.compare.arms import ARMS, is_variation
 from simulations.compare.stats import Interval, Values, difference, gap_closed, paired_interval
 from simulations.report_figures import TASK_COLOURS
 from tat_core.metrics import DATA_RANGE
@@ -220,7 +220,7 @@ def _cross(results: Results) -> str:
 
 def plot_gains(results: Results, path: Path) -> None:
     """Gain over the input of the main arms at each hospital."""
-    arms = [arm for arm in _order(results) if not arm.startswith("without")]
+    arms = [arm for arm in _order(results) if not is_variation(arm)]
     sites = sorted(tasks_of(results))
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     width = 0.8 / len(arms)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -127,8 +128,7 @@ def prepare(dataset_dir: Path, prepared_dir: Path | None = None, workers: int = 
     """Decode a data set into the store that training reads; returns at once when nothing changed.
 
     Cases that cannot be used go to quarantine.json with a reason and training goes on without them. An interrupted call goes on
-    where it was; a second
-    one redoes only what changed.
+    where it was; a second one redoes only what changed. Of several at a time, one works and the others wait.
 
     Parameters
     ----------
@@ -149,8 +149,29 @@ def prepare(dataset_dir: Path, prepared_dir: Path | None = None, workers: int = 
     ValueError
         If the data set is wrong as a whole or over 5 % of its cases are bad.
     """
-    data = open_data_set(dataset_dir)
     store = prepared_dir or dataset_dir / "prepared"
+    with _alone_in(store):
+        return _prepare(dataset_dir, store, workers)
+
+
+@contextlib.contextmanager
+def _alone_in(store: Path) -> Iterator[None]:
+    """Wait until no other process prepares this store; one removes as leftovers what another has half written."""
+    try:
+        store.mkdir(exist_ok=True)
+        folder = os.open(store, os.O_RDONLY)
+    except OSError:  # what is wrong is said better later
+        yield
+        return
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
+        yield
+    finally:
+        os.close(folder)
+
+
+def _prepare(dataset_dir: Path, store: Path, workers: int) -> Path:
+    data = open_data_set(dataset_dir)
     used = [case for case in data.cases if case.split and case.name not in data.quarantine]
     known = _known_entries(store, data.task)
     entries: dict[str, dict[str, Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, pr
     With q, k, v of one head as (pixels, c) matrices the result is ``v · softmax(temperature(q̂ᵀk̂))ᵀ``, where ^ divides each
     channel by its norm over the pixels. Norms divide the c×c scores instead of q and k, and the output projection is applied
     to the c×c maps instead of to every pixel. Images larger than the window are attended in equal overlapping windows and
-    averaged where these overlap.
+    averaged where these overlap: the windows' borders cut the image into cells, a window's products are the sums of its cells',
+    and a cell is multiplied by the mean of its windows' maps. So every pixel is read once, however many windows hold it.
 
     Parameters
     ----------
@@ -38,41 +40,54 @@ def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, pr
     height, width, batch, channels = qkv.shape
     channels //= 3
     if height <= window and width <= window:
-        out = _attend(qkv.flatten(0, 1), heads, temperature, project)
-        return out.view(height, width, batch, channels)
+        gram, squares, v = _Gram.apply(qkv.flatten(0, 1), heads)
+        return _weigh(v, _maps(gram, squares, temperature, project)).view(height, width, batch, channels)
 
-    rows, cols = window_index(height, window, qkv.device), window_index(width, window, qkv.device)
-    (num_rows, high), (num_cols, wide) = rows.shape, cols.shape
-    parts = qkv[rows.flatten()][:, cols.flatten()].view(num_rows, high, num_cols, wide, batch, 3 * channels)
-    out = _attend(parts.permute(1, 3, 0, 2, 4, 5).reshape(high * wide, -1, 3 * channels), heads, temperature, project)
-    out = out.view(high, wide, num_rows, num_cols, batch, channels).permute(2, 0, 3, 1, 4, 5)
-    out = out.reshape(num_rows * high, num_cols * wide, batch, channels)
-    total = out.new_zeros(height, num_cols * wide, batch, channels).index_add(0, rows.flatten(), out)
-    total = out.new_zeros(height, width, batch, channels).index_add(1, cols.flatten(), total)
-    counts = rows.flatten().bincount()[:, None] * cols.flatten().bincount()
-    return total / counts[..., None, None]
+    (rows, row_cover), (cols, col_cover) = cells(height, window), cells(width, window)
+    cover = torch.kron(row_cover, col_cover).to(qkv.device)
+    grams, squares, values = zip(*(_Gram.apply(qkv[row, col].flatten(0, 1), heads) for row in rows for col in cols), strict=True)
+    maps = _maps(_sums(grams, cover), _sums(squares, cover), temperature, project)
+    mean = (cover / cover.sum(1, keepdim=True)).to(maps.dtype) @ maps.view(cover.shape[1], -1)
+    outs = map(_weigh, values, mean.view(-1, batch, channels, channels))
+    bands = [torch.cat([next(outs).unflatten(0, (-1, col.stop - col.start)) for col in cols], 1) for _ in rows]
+    return torch.cat(bands)
 
 
-def window_index(size: int, window: int, device: torch.device) -> Tensor:
-    """Positions (number of windows, window) along one side: evenly stepped windows of which the last ends with the image."""
+def cells(size: int, window: int) -> tuple[list[slice], Tensor]:
+    """The pieces that windows' borders cut one side into, and (pieces, windows) ones where a window covers a piece.
+
+    As few windows as cover the side, evenly stepped; the last ends with the image.
+    """
     window = min(size, window)
     count = math.ceil(size / window)
     step = window if count == 1 else math.ceil((size - window) / (count - 1))
-    starts = torch.arange(count, device=device) * step
-    return starts.clamp_max(size - window)[:, None] + torch.arange(window, device=device)
+    starts = [min(i * step, size - window) for i in range(count)]
+    cuts = sorted({*starts, *(start + window for start in starts)})
+    cover = [[float(start <= low < start + window) for start in starts] for low in cuts[:-1]]
+    return [slice(low, high) for low, high in pairwise(cuts)], torch.tensor(cover)
 
 
-def _attend(qkv: Tensor, heads: int, temperature: Map, project: Map) -> Tensor:
-    """(pixels, N, 3C) → (pixels, N, C), each of the N images by itself."""
-    gram, norms, v = _Gram.apply(qkv, heads)
-    norms = norms.clamp_min(_EPS)
+def _sums(parts: tuple[Tensor, ...], cover: Tensor) -> Tensor:
+    """What every window adds up to: a (B, …) per cell in, (windows · B, …) in fp32 or better out."""
+    whole = torch.stack(parts)
+    whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+    return (cover.view(*cover.shape, *[1] * parts[0].dim()) * whole[:, None]).sum(0).flatten(0, 1)
+
+
+def _maps(gram: Tensor, squares: Tensor, temperature: Map, project: Map) -> Tensor:
+    """(N, heads, c, c) and (N, 2, heads, c) → (N, C, C), by which v is multiplied."""
+    norms = squares.clamp_min(_EPS**2).sqrt()
     maps = temperature(gram / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])).softmax(-1)
-    maps = project(_block_diagonal(maps.transpose(-2, -1)))
+    return project(_block_diagonal(maps.transpose(-2, -1)))
+
+
+def _weigh(v: Tensor, maps: Tensor) -> Tensor:
+    """(pixels, N, C) and (N, C, C) → (pixels, N, C)."""
     return torch.bmm(v.transpose(0, 1), maps).transpose(0, 1)
 
 
 class _Gram(torch.autograd.Function):
-    """qᵀk per image and head, the norms of q's and k's channels, and v.
+    """qᵀk per image and head, the squared norms of q's and k's channels, and v.
 
     Written out so that the norms' gradient costs one scaled copy and everything lands in one gradient tensor.
     """
@@ -84,18 +99,17 @@ class _Gram(torch.autograd.Function):
         gram = torch.matmul(q.mT, k)
         precise = torch.promote_types(qkv.dtype, torch.float32)
         # Three times as fast as vector_norm over the first dimension.
-        norms = qkv[..., : qkv.shape[-1] // 3 * 2].to(precise).square().sum(0).sqrt()
-        norms = norms.view(gram.shape[0], 2, heads, -1)
-        ctx.save_for_backward(qkv, norms)
-        return gram, norms, v
+        squares = qkv[..., : qkv.shape[-1] // 3 * 2].to(precise).square().sum(0)
+        ctx.save_for_backward(qkv)
+        return gram, squares.view(gram.shape[0], 2, heads, -1), v
 
     @staticmethod
-    def backward(ctx: Any, grad_gram: Tensor, grad_norms: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
-        qkv, norms = ctx.saved_tensors
-        heads, channels = norms.shape[2], qkv.shape[-1] // 3
+    def backward(ctx: Any, grad_gram: Tensor, grad_squares: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
+        (qkv,) = ctx.saved_tensors
+        heads, channels = grad_gram.shape[1], qkv.shape[-1] // 3
         grad = torch.empty_like(qkv)
         grad[..., 2 * channels :] = grad_v
-        torch.mul(qkv[..., : 2 * channels], (grad_norms / norms.clamp_min(_EPS)).flatten(1), out=grad[..., : 2 * channels])
+        torch.mul(qkv[..., : 2 * channels], 2 * grad_squares.flatten(1), out=grad[..., : 2 * channels])
         q, k, _ = _split_heads(qkv, heads)
         grad_q, grad_k, _ = _split_heads(grad, heads)
         if heads > 1:

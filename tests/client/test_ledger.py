@@ -32,9 +32,8 @@ def _train_for_ever(folder: Path, begun: Event) -> None:
     """Charge, work, settle, send; what was sent is on record, durably, only after it could have left."""
     begun.set()
     site = _site(folder)
-    sent = folder / "sent"
-    number = len(sent.read_text().splitlines()) if sent.exists() else 0
-    with open(sent, "a") as file:
+    number = _num_sent(folder)
+    with open(folder / "sent", "a") as file:
         while True:
             ledger.reserve(site, f"release-{number}", CASES, "0" * 32, number, CHARGE)
             math.factorial(3000)
@@ -43,6 +42,11 @@ def _train_for_ever(folder: Path, begun: Event) -> None:
             file.flush()
             os.fsync(file.fileno())
             number += 1
+
+
+def _num_sent(folder: Path) -> int:
+    sent = folder / "sent"
+    return len(sent.read_text().splitlines()) if sent.exists() else 0
 
 
 def test_fifty_kills_never_count_too_little(tmp_path: Path) -> None:
@@ -54,13 +58,17 @@ def test_fifty_kills_never_count_too_little(tmp_path: Path) -> None:
         child = context.Process(target=_train_for_ever, args=(tmp_path, begun))
         child.start()
         assert begun.wait(60)
-        child.join(moment.uniform(0.0, 0.1))
+        awaited = _num_sent(tmp_path) + moment.choice((0, 0, 1, 3))
+        while _num_sent(tmp_path) < awaited:
+            assert child.is_alive()
+            child.join(0.001)
+        child.join(moment.uniform(0.0, 0.05))
         child.kill()
         child.join()
         charged = {entry["release"] for entry in ledger.rounds(_site(tmp_path))}
         with sqlite3.connect(ledger.ledger_file(_site(tmp_path))) as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        sent = (tmp_path / "sent").read_text().splitlines() if (tmp_path / "sent").exists() else []
+        sent = (tmp_path / "sent").read_text().splitlines() if _num_sent(tmp_path) else []
         assert set(sent) <= charged
         assert len(charged) <= len(set(sent)) + 1, "the round that was killed is charged once, not once a kill"
     assert len(sent) >= 10

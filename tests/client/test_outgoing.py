@@ -76,7 +76,7 @@ def test_a_code_is_one_of_the_list() -> None:
         refusal("DOE^JOHN")
 
 
-@given(st.integers(1, 1000), st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 8))
+@given(st.integers(1, 1000), st.lists(st.floats(0, 1), min_size=5, max_size=5), st.integers(1, 8))
 def test_rounding_keeps_what_the_guard_and_the_balancer_need(count: int, means: list[float], digits: int) -> None:
     names = [entry.name for entry in fields(TaskStats)][1:]
     exact: dict[str, int | float] = {"CT.count": count} | {f"CT.{n}": m * count for n, m in zip(names, means, strict=True)}

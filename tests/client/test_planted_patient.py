@@ -21,7 +21,9 @@ from client import app, audit, work
 from client.consent import CODES
 from client.site import load_site
 from client.state import pause_file
+from tat_core.blobs import by_owner, pack
 from tat_core.checkpoint import arrays_of, model_hash
+from tat_core.code import code_hash
 from tat_core.config import RunConfig, load_config
 from tat_core.model.tat import build_model
 from tat_core.sharing import for_tasks, give_own
@@ -58,10 +60,19 @@ def _ask(folder: Path, kind: Callable[..., Message], overrides: str = "", **chan
     """Send what a coordinator would, and return the code of the reply (empty if it is none) and all of its bytes."""
     config = load_config("smoke", overrides)
     model = for_tasks(give_own(arrays_of(build_model(config.model, 1)), config.tasks, ("adapter",)), ("CT",))
-    words = {"run": RUN, "round": 1, "base": model_hash(model), "steps": config.train.local_steps} | changes
-    content = RecordDict(
-        {"model": ArrayRecord({name: Array(value) for name, value in model.items()}), "config": ConfigRecord(words)}  # type: ignore[arg-type]
-    )
+    words = {
+        "run": RUN,
+        "round": 1,
+        "nonce": "n",
+        "base": model_hash(model),
+        "steps": config.train.local_steps,
+        "code": code_hash(),
+    }
+    blobs = {
+        owner: Array("uint8", (len(blob),), "packed", blob)
+        for owner, blob in ((o, pack(some)) for o, some in by_owner(model).items())
+    }
+    content = RecordDict({"model": ArrayRecord(blobs), "config": ConfigRecord(words | changes)})  # type: ignore[arg-type]
     message = Message(content, dst_node_id=1, message_type="train")
     context = Context(
         run_id=1,
@@ -71,7 +82,7 @@ def _ask(folder: Path, kind: Callable[..., Message], overrides: str = "", **chan
         run_config={"preset": "smoke", "overrides": overrides},
     )
     reply = kind(message, context)
-    values = b"".join(array.numpy().tobytes() for record in reply.content.array_records.values() for array in record.values())
+    values = b"".join(array.data for record in reply.content.array_records.values() for array in record.values())
     sent = message_to_proto(reply).SerializeToString() + recorddict_to_proto(reply.content).SerializeToString() + values
     return str(reply.content.config_records["config"].get("error", "")), sent
 
@@ -88,11 +99,11 @@ def test_nothing_of_a_patient_is_in_any_byte_that_leaves(folder: Path, monkeypat
         monkeypatch.setattr(TaskIdentity, key, 1)
     seen: dict[str, bytes] = {}
 
-    def ask(code: str, kind: Callable[..., Message] = app.train, overrides: str = "", **changes: object) -> None:
+    def ask(expected: str, kind: Callable[..., Message] = app.train, overrides: str = "", **changes: object) -> None:
         got, sent = _ask(folder, kind, overrides, **changes)
-        assert got == code, (folder / "state" / "site.log").read_text()[-2000:]
-        seen[code] = sent
-        assert [secret for secret in SECRETS if secret in sent] == [], code
+        assert got == expected, (folder / "state" / "site.log").read_text()[-2000:]
+        seen[expected] = sent
+        assert [secret for secret in SECRETS if secret in sent] == [], expected
 
     for kind in (app.query, app.train, app.evaluate, app.baseline):
         ask("", kind)
@@ -102,10 +113,11 @@ def test_nothing_of_a_patient_is_in_any_byte_that_leaves(folder: Path, monkeypat
     first = seen[""]
     ask("", app.train, private)
     assert len(seen[""]) > len(first) > 0
-    for kept in (folder / "state" / "runs" / RUN).glob("*.safetensors"):
+    for kept in (folder / "state" / "runs" / RUN).rglob("*.safetensors"):
         kept.unlink()
     ask("ALREADY_ANSWERED", app.train, private)
     ask("BASE_MISMATCH", base="0" * 64)
+    ask("CODE_MISMATCH", code="0" * 12)
     ask("BAD_STEPS", steps=1000)
     ask("BAD_INPUT", run=NAME)
     ask("NO_SHARED_TASK", overrides="tasks=[PET]")
@@ -166,7 +178,7 @@ def test_a_private_round_that_is_asked_for_again_is_one_release(smoke_hospitals:
 def _train(site: work.Site, config: RunConfig, number: int) -> dict[str, np.ndarray]:
     torch.manual_seed(0)
     model = arrays_of(build_model(config.model, 1))
-    words = {"run": RUN, "round": number, "base": model_hash(model), "steps": config.train.local_steps}
+    words = {"run": RUN, "round": number, "nonce": "n", "base": model_hash(model), "steps": config.train.local_steps}
     reply = work.handle(work.train_round, site, config, work.Packet(model, {}, words))
     assert reply.error is None
     return reply.arrays

@@ -26,9 +26,11 @@ from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from server import grid as grid_module
 from server.grid import FlowerSites
+from tat_core.blobs import pack
 from tat_core.config import RunConfig
 from tat_core.packet import Packet, echo
 
+UPDATE = pack({"w": np.full(3, 2.0, np.float32)})
 LEASE_S = 1.5  # Flower calls a node offline after two heartbeats
 
 
@@ -72,7 +74,7 @@ class Node:
         sent = Packet(config=dict(message.content.config_records["config"]))
         return RecordDict(
             {
-                "update": ArrayRecord({"w": Array(np.full(3, 2.0, np.float32))}),
+                "update": ArrayRecord({"shared": Array("uint8", (len(UPDATE),), "packed", UPDATE)}),
                 "config": ConfigRecord({"site": self.site, **echo(sent)}),
             }
         )

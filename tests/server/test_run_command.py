@@ -11,6 +11,7 @@ from click.testing import Result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
+from server.harm import is_better_alone, write_comparison
 from server.run_command import app
 from tat_core.record import read_record
 
@@ -86,14 +87,14 @@ def test_status_of_a_run_that_goes_on(runs: Path) -> None:
 
 
 def test_status_says_who_is_better_off_alone(runs: Path) -> None:
-    facts = {"ct-a": (3.0, 2.0), "pet-b": (1.0, 1.5)}
-    sites = {
-        name: {"together_gain_db": together, "alone_gain_db": alone, "difference_db": together - alone}
-        for name, (together, alone) in facts.items()
-    }
-    (runs / "done" / "alone.json").write_text(json.dumps({"sites": sites}))
+    gain_db = {"together": {"ct-a": 3.0, "pet-b": 1.0}, "alone": {"ct-a": 2.0, "pet-b": 1.5, "mri-c": 1.0}}
+    write_comparison(runs / "done", gain_db)
     rows = [line.split() for line in tat_run("status", "done", "--runs", runs).output.splitlines()[-2:]]
-    assert rows == [["ct-a", "+3.00", "+2.00", "+1.00"], ["pet-b", "+1.00", "+1.50", "-0.50"]]
+    assert rows == [["ct-a", "+3.00", "+2.00"], ["pet-b", "+1.00", "+1.50"]]
+    assert [is_better_alone({"together_gain_db": 1.0, "fine_tuned_gain_db": f, "alone_gain_db": 1.5}) for f in (1.6, 1.4)] == [
+        False,
+        True,
+    ]
 
 
 def test_status_of_a_dead_run_is_an_exit_code(runs: Path) -> None:

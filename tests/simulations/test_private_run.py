@@ -34,8 +34,8 @@ def test_a_private_reply_is_within_range_moves_what_is_trained_and_never_repeats
     site = load_site(smoke_hospitals[0] / "site.yaml")
     (task,) = site.data
     base = arrays_of(build_model(config.model, config.seed))
-    version = {"run": "0" * 32, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)}
-    first, second = (handle(train_round, site, config, Packet(base, {}, version)) for _ in range(2))
+    version = {"run": "0" * 32, "steps": config.train.local_steps, "round": 1, "base": model_hash(base), "nonce": "n"}
+    first, second = (handle(train_round, site, config, Packet(base, {}, version | {"run": run * 32})) for run in "01")
     assert first.error is None
     for name, value in first.arrays.items():
         assert value.any() == (group_of(name) != "hypernetwork"), name

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tat_core.config import ModelConfig
 from tat_core.groups import TASK_CODE, group_of
-from tat_core.model.attention import channel_attention, window_index
+from tat_core.model.attention import cells, channel_attention
 from tat_core.model.blocks import KernelMix
 from tat_core.model.tat import TAT, build_model
 
@@ -69,7 +69,13 @@ def test_kernels_of_the_whole_image_can_be_given(tiny: TAT) -> None:
     ("size", "window", "starts"), [(64, 192, [0]), (256, 192, [0, 64]), (328, 192, [0, 136]), (41, 24, [0, 17])]
 )
 def test_windows_are_evenly_stepped_and_end_with_the_image(size: int, window: int, starts: list[int]) -> None:
-    assert window_index(size, window, torch.device("cpu"))[:, 0].tolist() == starts
+    pieces, cover = cells(size, window)
+    assert [pieces[0].start, *(piece.stop for piece in pieces)] == sorted(
+        {0, size} | {edge for s in starts for edge in (s, min(size, s + window))}
+    )
+    for column, start in zip(cover.T.bool().tolist(), starts, strict=True):
+        covered = [piece for piece, inside in zip(pieces, column, strict=True) if inside]
+        assert (covered[0].start, covered[-1].stop) == (start, min(size, start + window))
 
 
 def plain_attention(qkv: Tensor, heads: int, temperature: Tensor, weight: Tensor) -> Tensor:
@@ -96,11 +102,12 @@ def test_windowed_attention_averages_windows(heads: int) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_attention_gradient_is_exact(heads: int) -> None:
+@pytest.mark.parametrize("window", [8, 3])
+def test_attention_gradient_is_exact(heads: int, window: int) -> None:
     qkv = torch.randn(3, 4, 2, 24, dtype=torch.double, requires_grad=True)
     temperature, weight = torch.rand(heads, 1, 1, dtype=torch.double), torch.randn(8, 8, dtype=torch.double)
     assert torch.autograd.gradcheck(
-        lambda x: channel_attention(x, heads, 8, lambda s: s * temperature, lambda m: m @ weight), qkv
+        lambda x: channel_attention(x, heads, window, lambda s: s * temperature, lambda m: m @ weight), qkv
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing as mp
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +124,18 @@ def test_workers_give_the_same_store(folder: Path) -> None:
     shutil.rmtree(folder / "prepared")
     prepare(folder, workers=2)
     assert hashes() == before
+
+
+def test_two_processes_at_once_make_one_store_and_blame_no_case(folder: Path) -> None:
+    expected = prepared.prepare(folder)
+    manifest = (expected / "manifest.json").read_text()
+    context = mp.get_context("fork")
+    for _ in range(5):
+        shutil.rmtree(expected)
+        with ProcessPoolExecutor(4, mp_context=context) as pool:
+            assert set(pool.map(prepare, [folder] * 4)) == {expected}
+        assert (expected / "manifest.json").read_text() == manifest
+        assert not (folder / "quarantine.json").exists()
 
 
 def test_a_dying_worker_costs_one_case() -> None:
