@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import ssl
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from email.utils import parsedate_to_datetime
+from importlib.metadata import version
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -23,6 +26,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.coordinator import Coordinator
 from client.finding import Finding, failed, passed, warning
+from tat_core.code import CODE_HEADER, code_hash
 
 TIMEOUT_S = 10.0
 EXPIRES_SOON = timedelta(days=30)
@@ -84,10 +88,7 @@ def check_tls(coordinator: Coordinator) -> Finding:
 def check_clock(coordinator: Coordinator) -> Finding:
     """This machine's clock against the coordinator's: Flower locks a node out whose clock is some seconds fast."""
     try:
-        connection = _connect(coordinator)
-        with connection.sock:
-            connection.request("HEAD", "/")
-            date = connection.getresponse().headers["Date"]
+        date = _greeting(coordinator)["Date"]
     except (OSError, http.client.HTTPException) as error:
         return failed("clock", f"cannot be compared, the coordinator does not answer ({error}); see above")
     if date is None:
@@ -97,6 +98,24 @@ def check_clock(coordinator: Coordinator) -> Finding:
     if fast_s > FAST_S or fast_s < -SLOW_S:
         return failed("clock", f"{text}: it locks the node out; set it, and let NTP keep it (`timedatectl set-ntp true`)")
     return warning("clock", f"{text}; let NTP keep it") if abs(fast_s) > NOTICEABLE_S else passed("clock", text)
+
+
+def check_versions(coordinator: Coordinator) -> Finding:
+    """What is installed, and whether the coordinator runs the same code, which its proxy says in a header."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("fed-tat", "flwr", "torch"))
+    text = f"{packages}, code {code_hash()[:12]}"
+    try:
+        theirs = _greeting(coordinator)[CODE_HEADER]
+    except (OSError, http.client.HTTPException) as error:
+        return warning("versions", f"{text}; cannot be compared, the coordinator does not answer ({error}); see above")
+    if theirs is None:
+        return passed("versions", f"{text}; the coordinator does not say what it runs")
+    if theirs == code_hash():
+        return passed("versions", f"{text}, as the coordinator")
+    text = f"{text}, but the coordinator runs {theirs[:12]}"
+    if coordinator.accept_other_code:
+        return warning("versions", f"{text}; site.yaml accepts that")
+    return failed("versions", f"{text}: this site refuses its rounds; install the consortium's release")
 
 
 def check_key(coordinator: Coordinator) -> Finding:
@@ -144,6 +163,14 @@ def _proxy(coordinator: Coordinator) -> tuple[str, int] | None:
         return None
     parts = urlsplit(address if "//" in address else f"//{address}")
     return (parts.hostname, parts.port or 80) if parts.hostname else None
+
+
+def _greeting(coordinator: Coordinator) -> Message:
+    """The headers with which the coordinator answers whatever it is asked."""
+    connection = _connect(coordinator)
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/")
+        return connection.getresponse().headers
 
 
 def _connect(coordinator: Coordinator) -> http.client.HTTPConnection:

@@ -61,8 +61,11 @@ class _Runtime(ThreadingHTTPServer):
 
     def __init__(self, tasks: int) -> None:
         self.tokens = [f"token-{number}" for number in range(tasks)]
-        self.looks, self.pulling = 0, 0
+        self.looks, self.pulling, self.end = 0, 0, threading.Event()
         super().__init__(("127.0.0.1", 0), _Answers)
+
+    def handle_error(self, *_: object) -> None:
+        """Who asked was killed."""
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -73,7 +76,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/v1/runtime/pull-task-input":
             self.server.pulling += 1
-            time.sleep(WAIT_S)
+            self.server.end.wait(WAIT_S)
         answer = AcquireTaskResponse()
         if self.path == "/v1/runtime/acquire-task":
             self.server.looks += 1
@@ -96,6 +99,7 @@ def _runtime(tasks: int) -> Iterator[_Runtime]:
     with _Runtime(tasks) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.end.set()
         server.shutdown()
 
 
@@ -124,20 +128,27 @@ def test_a_message_waits_for_no_other_and_a_dead_process_is_reaped() -> None:
             process.wait()
 
 
-def test_it_waits_for_a_node_that_is_not_up_and_ends_with_flower_client() -> None:
+STARTS = """
+import os, sys, time
+from client.supervise import Group
+group = Group(lambda: {"ClientApps": [sys.executable, "-m", "client.node", "clientapps", sys.argv[1]]}, os.environ, 1.0)
+group.look()
+print(group._processes["ClientApps"].pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("after_s", [0.0, 2.5])
+def test_it_waits_for_a_node_that_is_not_up_and_ends_with_flower_client(after_s: float) -> None:
+    """Also if that is gone before it has begun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    launcher = (
-        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-m', 'client.node', 'clientapps', sys.argv[1]]);"
-        "print(p.pid, flush=True); time.sleep(100)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", launcher, address], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", STARTS, address], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     process = psutil.Process(int(parent.stdout.readline()))
     with parent:
-        _wait_for(lambda: process.cpu_times().user > 0.5, "it has imported Flower")
-        time.sleep(1.0)
+        time.sleep(after_s)
         assert process.is_running()
         parent.kill()
     _wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "it ends")

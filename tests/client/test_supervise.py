@@ -19,9 +19,9 @@ IGNORES_SIGTERM = ["sh", "-c", "trap '' TERM; sleep 100 & while :; do wait; done
 
 
 @pytest.fixture(autouse=True)
-def _heard(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("fed_tat").propagate = True
-    logging.getLogger("fed_tat.launcher").propagate = True
+def _heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fed_tat", "fed_tat.launcher"):  # a log that stays at the site does not propagate
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
     caplog.set_level(logging.INFO, "fed_tat.launcher")
 
 

@@ -49,7 +49,7 @@ def test_bytes_that_nobody_announced_are_refused() -> None:
 
 def test_a_folder_that_others_may_enter_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    with pytest.raises(ValueError, match="expected .* to be this user's alone"), reachable(tmp_path):
+    with pytest.raises(ValueError, match=r"expected .* to be this user's alone"), reachable(tmp_path):
         pass
 
 

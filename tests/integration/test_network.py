@@ -233,7 +233,11 @@ def test_who_may_not_connect(begin: Callable[..., Day], smoke_hospitals: list[Pa
     kept_out = {name: day.net.address(name) for name in (stranger.name, misled.name, fast.name)}
     answers = {name: {line.split()[5] for line in proxy.splitlines() if line.split()[1] == ip} for name, ip in kept_out.items()}
     assert "200" not in set().union(*answers.values()), answers
-    for who, said in ((stranger.name, "node key: is not registered"), (misled.name, "TLS: the certificate"), (fast.name, "clock: ")):
+    for who, said in (
+        (stranger.name, "node key: is not registered"),
+        (misled.name, "TLS: the certificate"),
+        (fast.name, "clock: "),
+    ):
         assert f"FAILED  {said}" in consortium.log_of(who), consortium.log_of(who)[-3000:]
     for name, mishap, expected in (
         (stranger.name, "a key that nobody approved", "refused"),
