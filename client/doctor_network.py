@@ -14,8 +14,6 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -25,6 +23,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.coordinator import Coordinator
+from client.enroll import read_key
 from client.finding import Finding, failed, passed, warning
 from tat_core.code import CODE_HEADER, code_hash
 
@@ -125,11 +124,10 @@ def check_key(coordinator: Coordinator) -> Finding:
     """
     if coordinator.key is None:
         return warning("node key", "none; a coordinator that admits registered sites only will refuse (`tat site enroll`)")
-    if coordinator.key.stat().st_mode & 0o077:
-        return failed("node key", f"{coordinator.key} can be read by others; chmod 600 it")
-    private = load_ssh_private_key(coordinator.key.read_bytes(), None)
-    if not isinstance(private, EllipticCurvePrivateKey):
-        return failed("node key", f"{coordinator.key} is no EC key; make one with `tat site enroll`")
+    try:
+        private = read_key(coordinator.key)
+    except ValueError as error:
+        return failed("node key", str(error))
     public = private.public_key()
     certificates = str(coordinator.root_certificates) if coordinator.root_certificates else None
     interceptors: list[ProtobufClientInterceptor] = [

@@ -205,7 +205,7 @@ def test_keys_that_cannot_be_used(tmp_path: Path) -> None:
     pem = ec.generate_private_key(ec.SECP384R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     path.write_bytes(pem)
     path.chmod(0o600)
-    _says(check_key(replace(there, key=path)), "failed", "make one with `tat site enroll`")
+    _says(check_key(replace(there, key=path)), "failed", "move that file away and run `tat site enroll`")
 
 
 def test_name() -> None:

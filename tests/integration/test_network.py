@@ -1,6 +1,6 @@
 """Bad days: hospitals on their own addresses behind links of 30 Mbit/s, one mishap a test, and what becomes of the model.
 
-Every test ends with rows for docs/reliability.md, written when all is over:
+Every test ends with rows for docs/reliability.md, written at once:
 ``FED_TAT_WRITE_TABLE=1 python -m pytest -m slow tests/integration/test_network.py``.
 """
 
@@ -42,8 +42,8 @@ FRESH = "train.keep_optimiser=false"
 class Day:
     """A consortium on its network, and the hospitals' folders that it was made of."""
 
-    def __init__(self, consortium: Consortium, net: Network, hospitals: list[Path], rows: list[tuple[str, ...]]) -> None:
-        self.consortium, self.net, self.hospitals, self._rows = consortium, net, hospitals, rows
+    def __init__(self, consortium: Consortium, net: Network, hospitals: list[Path]) -> None:
+        self.consortium, self.net, self.hospitals = consortium, net, hospitals
         self._started = time.monotonic()
 
     def wait_for_round(self, number: int) -> None:
@@ -73,7 +73,8 @@ class Day:
 
     def row(self, mishap: str, expected: str, seen: str) -> None:
         """A row of the table; every assertion before it has held."""
-        self._rows.append((mishap, expected, seen, f"{time.monotonic() - self._started:.0f}"))
+        if os.environ.get("FED_TAT_WRITE_TABLE"):
+            write_row(mishap, expected, seen, f"{time.monotonic() - self._started:.0f}")
 
 
 class Absentees(LocalSites):
@@ -92,25 +93,17 @@ class Absentees(LocalSites):
         return super().ask(kind, there, timeout_s)
 
 
-@pytest.fixture(scope="module")
-def rows() -> Iterator[list[tuple[str, ...]]]:
-    found: list[tuple[str, ...]] = []
-    yield found
-    if os.environ.get("FED_TAT_WRITE_TABLE"):
-        write_table(found)
-
-
-def write_table(found: list[tuple[str, ...]]) -> None:
-    """Replace the rows of the mishaps that were just tried; the others stay."""
+def write_row(*row: str) -> None:
+    """Replace the mishap's row; the others stay."""
     text, _, before = TABLE.read_text().partition(START)
     rows = {line.split(" | ")[0]: line for line in before.splitlines() if line.startswith("| ")}
-    rows |= {f"| {row[0]}": f"| {' | '.join(row)} |" for row in found}
+    rows[f"| {row[0]}"] = f"| {' | '.join(row)} |"
     rows.pop(HEAD.split(" | ")[0], None)
     TABLE.write_text(f"{text}{START}\n" + "\n".join([HEAD, "|---|---|---|---|", *(rows[key] for key in sorted(rows))]) + "\n")
 
 
 @pytest.fixture
-def begin(smoke_hospitals: list[Path], tmp_path: Path, rows: list[tuple[str, ...]]) -> Iterator[Callable[..., Day]]:
+def begin(smoke_hospitals: list[Path], tmp_path: Path) -> Iterator[Callable[..., Day]]:
     """Make a consortium of three hospitals; more may be on the network."""
     with contextlib.ExitStack() as stack:
 
@@ -119,7 +112,7 @@ def begin(smoke_hospitals: list[Path], tmp_path: Path, rows: list[tuple[str, ...
             net = stack.enter_context(network([*(path.name for path in hospitals), *also]))
             stack.enter_context(no_process_left())
             consortium = Consortium(tmp_path, hospitals, [FRESH, *overrides], COORDINATOR_ADDRESS, net.inside)
-            return Day(consortium, net, hospitals, rows)
+            return Day(consortium, net, hospitals)
 
         yield make
 
