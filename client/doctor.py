@@ -8,14 +8,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
+from client import audit, ledger
 from client.coordinator import Coordinator
-from client.doctor_network import check_clock, check_dns, check_key, check_proxy, check_tls
+from client.doctor_network import check_clock, check_dns, check_key, check_proxy, check_tls, check_versions
 from client.finding import Finding, failed, passed, warning
 from client.site import Site
-from tat_core.code import code_hash
 from tat_core.data.dataset import open_data_set
 
 LITTLE_GB, TOO_LITTLE_GB = 10.0, 1.0
@@ -32,7 +31,8 @@ def look(site: Site, coordinator: Coordinator) -> list[Finding]:
         "disk": lambda: check_disk(site.state_dir),
         "device": lambda: check_device(site.device),
         **{f"data {task}": partial(check_data, task, folder) for task, folder in site.data.items()},
-        "versions": check_versions,
+        "ledger": lambda: check_ledger(site),
+        "versions": lambda: check_versions(coordinator),
     }
     return [_guarded(name, check) for name, check in checks.items()]
 
@@ -84,10 +84,14 @@ def check_data(task: str, folder: Path) -> Finding:
     return passed(name, text) if count["validation"] else warning(name, f"{text}; give some patients to validation")
 
 
-def check_versions() -> Finding:
-    """What is installed; whether the coordinator runs the same shows when it asks: a site with other code refuses."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("fed-tat", "flwr", "torch"))
-    return passed("versions", f"{packages}, code {code_hash()[:12]} (the coordinator's `tat --version` must show the same code)")
+def check_ledger(site: Site) -> Finding:
+    """Whether the privacy ledger can be read and the audit log is whole."""
+    try:
+        rounds = len(ledger.rounds(site))
+        entries, _ = audit.verify(audit.audit_file(site))
+    except (ValueError, OSError) as error:
+        return failed("ledger", str(error))
+    return passed("ledger", f"{rounds} rounds are charged, {entries} replies are in the audit log")
 
 
 def _guarded(name: str, check: Callable[[], Finding]) -> Finding:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import ssl
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from email.utils import parsedate_to_datetime
+from importlib.metadata import version
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.fleet_pb2 import ActivateNodeRequest
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -22,7 +23,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from client.coordinator import Coordinator
+from client.enroll import read_key
 from client.finding import Finding, failed, passed, warning
+from tat_core.code import CODE_HEADER, code_hash
 
 TIMEOUT_S = 10.0
 EXPIRES_SOON = timedelta(days=30)
@@ -84,10 +87,7 @@ def check_tls(coordinator: Coordinator) -> Finding:
 def check_clock(coordinator: Coordinator) -> Finding:
     """This machine's clock against the coordinator's: Flower locks a node out whose clock is some seconds fast."""
     try:
-        connection = _connect(coordinator)
-        with connection.sock:
-            connection.request("HEAD", "/")
-            date = connection.getresponse().headers["Date"]
+        date = _greeting(coordinator)["Date"]
     except (OSError, http.client.HTTPException) as error:
         return failed("clock", f"cannot be compared, the coordinator does not answer ({error}); see above")
     if date is None:
@@ -99,6 +99,24 @@ def check_clock(coordinator: Coordinator) -> Finding:
     return warning("clock", f"{text}; let NTP keep it") if abs(fast_s) > NOTICEABLE_S else passed("clock", text)
 
 
+def check_versions(coordinator: Coordinator) -> Finding:
+    """What is installed, and whether the coordinator runs the same code, which its proxy says in a header."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("fed-tat", "flwr", "torch"))
+    text = f"{packages}, code {code_hash()[:12]}"
+    try:
+        theirs = _greeting(coordinator)[CODE_HEADER]
+    except (OSError, http.client.HTTPException) as error:
+        return warning("versions", f"{text}; cannot be compared, the coordinator does not answer ({error}); see above")
+    if theirs is None:
+        return passed("versions", f"{text}; the coordinator does not say what it runs")
+    if theirs == code_hash():
+        return passed("versions", f"{text}, as the coordinator")
+    text = f"{text}, but the coordinator runs {theirs[:12]}"
+    if coordinator.accept_other_code:
+        return warning("versions", f"{text}; site.yaml accepts that")
+    return failed("versions", f"{text}: this site refuses its rounds; install the consortium's release")
+
+
 def check_key(coordinator: Coordinator) -> Finding:
     """Whether the coordinator has registered the site's key.
 
@@ -106,11 +124,10 @@ def check_key(coordinator: Coordinator) -> Finding:
     """
     if coordinator.key is None:
         return warning("node key", "none; a coordinator that admits registered sites only will refuse (`tat site enroll`)")
-    if coordinator.key.stat().st_mode & 0o077:
-        return failed("node key", f"{coordinator.key} can be read by others; chmod 600 it")
-    private = load_ssh_private_key(coordinator.key.read_bytes(), None)
-    if not isinstance(private, EllipticCurvePrivateKey):
-        return failed("node key", f"{coordinator.key} is no EC key; make one with `tat site enroll`")
+    try:
+        private = read_key(coordinator.key)
+    except ValueError as error:
+        return failed("node key", str(error))
     public = private.public_key()
     certificates = str(coordinator.root_certificates) if coordinator.root_certificates else None
     interceptors: list[ProtobufClientInterceptor] = [
@@ -144,6 +161,14 @@ def _proxy(coordinator: Coordinator) -> tuple[str, int] | None:
         return None
     parts = urlsplit(address if "//" in address else f"//{address}")
     return (parts.hostname, parts.port or 80) if parts.hostname else None
+
+
+def _greeting(coordinator: Coordinator) -> Message:
+    """The headers with which the coordinator answers whatever it is asked."""
+    connection = _connect(coordinator)
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/")
+        return connection.getresponse().headers
 
 
 def _connect(coordinator: Coordinator) -> http.client.HTTPConnection:

@@ -35,27 +35,35 @@ def enroll(
 
 
 def read_or_make_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The key in a file, or a new one written to it, as Flower reads it: OpenSSH, NIST P-384, readable by its owner alone.
-
-    Raises
-    ------
-    ValueError
-        The file holds something else, or others may read it.
-    """
+    """The key in a file, or a new one written to it: OpenSSH, NIST P-384, readable by its owner alone."""
     if not path.exists():
         key = ec.generate_private_key(ec.SECP384R1())
         pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, pem, mode=0o600)
         return key
+    return read_key(path)
+
+
+def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The site's key, as Flower reads it.
+
+    Raises
+    ------
+    ValueError
+        The file holds something else, or others may read it.
+    """
     if path.stat().st_mode & 0o077:
-        raise ValueError(f"site enroll: expected {path.name} to be readable by its owner alone, got others; chmod 600 it")
+        raise ValueError(f"node key: expected {path.name} to be readable by its owner alone, got others; chmod 600 it")
     try:
         found = serialization.load_ssh_private_key(path.read_bytes(), None)
-    except ValueError:
+    except (ValueError, TypeError):  # the latter is said of one with a password
         found = None
     if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"site enroll: expected an EC key in {path}, got something else; move that file away")
+        raise ValueError(
+            f"node key: expected an EC key without a password in {path}, got something else; "
+            "move that file away and run `tat site enroll`"
+        )
     return found
 
 

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ import typer
 
 from client.coordinator import Coordinator
 from client.site import Site, load_site
-from client.supervise import Group, keep_running
+from client.supervise import LOOK_S, Group, keep_running
 from client.wire import FOLDER_VARIABLE
 from tat_core.environment import QUIET_ENVIRONMENT
 
@@ -67,7 +68,7 @@ def launch(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     log_to(hospital.state_dir / "flower-client.log")
-    examine(site.resolve(), coordinator)
+    examine(site.resolve(), coordinator, stopping)
     keep_running(groups(site.resolve(), hospital, coordinator), stopping)
     lock.close()
 
@@ -193,7 +194,7 @@ def only_one(site: Site) -> TextIO:
     return lock
 
 
-def examine(site_file: Path, coordinator: Coordinator) -> None:
+def examine(site_file: Path, coordinator: Coordinator, stopping: threading.Event) -> None:
     """Log what the doctor says, and go on: most of what it finds can mend while the node tries again and again.
 
     It has a process of its own, so that this one, which stays, imports nothing large.
@@ -202,13 +203,20 @@ def examine(site_file: Path, coordinator: Coordinator) -> None:
     options += [f"--root-certificates={path}" for path in (coordinator.root_certificates,) if path]
     options += [f"--key={path}" for path in (coordinator.key,) if path]
     command = [sys.executable, "-m", "client.launcher", "doctor", f"--site={site_file}", *options]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=DOCTOR_S, check=False)
-    except subprocess.TimeoutExpired:
-        log.warning("doctor: no answer within %.0f s", DOCTOR_S)
-        return
-    for line in (said.stdout + said.stderr).splitlines():
-        log.info("doctor: %s", line)
+    deadline = time.monotonic() + DOCTOR_S
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not stopping.is_set():
+            try:
+                said, _ = process.communicate(timeout=LOOK_S)
+            except subprocess.TimeoutExpired:
+                if time.monotonic() < deadline:
+                    continue
+                log.warning("doctor: no answer within %.0f s", DOCTOR_S)
+                break
+            for line in said.splitlines():
+                log.info("doctor: %s", line)
+            return
+        process.kill()
 
 
 def log_to(path: Path) -> None:
@@ -224,8 +232,8 @@ def log_to(path: Path) -> None:
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        return json.dumps({"time": time, "level": record.levelname, "message": record.getMessage()})
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": when, "level": record.levelname, "message": record.getMessage()})
 
 
 @contextlib.contextmanager

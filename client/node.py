@@ -26,6 +26,8 @@ from flwr.supernode import start_client_internal
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
+from client.supervise import PARENT_VARIABLE, is_orphan
+
 SHORTEST_S, SHARE = 0.1, 0.1
 WHILE_WORKING_S = 0.5  # what the SuperNode sleeps between two looks whether the ClientApp has replied
 ABSENT_S = 0.2
@@ -60,7 +62,7 @@ def supernode() -> None:
         else:
             pace.wait(seconds)
 
-    start_parent_process_monitor(os.getppid())
+    start_parent_process_monitor(int(os.environ.get(PARENT_VARIABLE, os.getppid())))
     start_client_internal.time = SimpleNamespace(sleep=sleep)  # type: ignore[assignment]
     sys.argv[0] = "flower-supernode"
     flower_supernode()
@@ -71,13 +73,12 @@ def clientapps(address: str) -> None:
 
     As in Flower, a task does not wait for the one before: the process of a message whose run has ended may wait for ever.
     """
-    parent = os.getppid()
     children: set[int] = set()
     client = RuntimeHttpClient.from_server_address(
         address, insecure=True, root_certificates=None, interceptors=[RuntimeVersionHttpInterceptor(component_name="SuperExec")]
     )
     pace = Pace()
-    while os.getppid() == parent:
+    while not is_orphan():
         children = {child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)}
         try:
             answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 log = logging.getLogger("fed_tat.launcher")
 
 LONGEST_PAUSE_S, GRACE_S, LOOK_S = 60.0, 20.0, 0.2
+PARENT_VARIABLE = "FED_TAT_PARENT"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Flower's, which would only disturb in a log
 
 
 class Group:
@@ -73,7 +76,7 @@ class Group:
         for name, command in self._commands().items():
             self._processes[name] = process = subprocess.Popen(
                 command,
-                env=self._environment,
+                env={**self._environment, PARENT_VARIABLE: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -93,9 +96,14 @@ def keep_running(groups: Sequence[Group], stopping: threading.Event) -> None:
     log.info("stopped")
 
 
+def is_orphan() -> bool:
+    """Whether whoever started this process by a `Group` is gone; also when that happened before this process could look."""
+    return PARENT_VARIABLE in os.environ and os.getppid() != int(os.environ[PARENT_VARIABLE])
+
+
 def _relay(name: str, process: subprocess.Popen[bytes]) -> None:
     """What a process prints becomes lines of our log."""
     assert process.stdout is not None
     for line in process.stdout:
-        if text := line.decode(errors="replace").rstrip():
+        if text := _COLOUR.sub("", line.decode(errors="replace")).rstrip():
             log.info("%s: %s", name, text)

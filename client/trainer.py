@@ -22,6 +22,7 @@ import torch
 
 from client.answer import answer
 from client.site import load_site
+from client.supervise import is_orphan
 from client.wire import METHOD, SERVICE, SOCKET, Parcel, reachable, receive, send
 from tat_core.code import code_hash
 
@@ -76,13 +77,12 @@ def _give_up() -> None:
 
 def main() -> None:
     """Serve until killed, or until `flower-client` is gone."""
-    parent = os.getppid()
     site_file, folder = map(Path, sys.argv[1:])
     device = load_site(site_file).device
     if device != "cpu":
         torch.zeros(1, device=device)  # the start of CUDA, before the first message
     server = serve(site_file, folder)
-    while server.wait_for_termination(1.0) and os.getppid() == parent:  # true when the time is up
+    while server.wait_for_termination(1.0) and not is_orphan():  # true when the time is up
         pass
     os._exit(0)
 

@@ -14,6 +14,7 @@ import jinja2
 import yaml
 
 from server.consortium import AUTHORITY, COORDINATOR, LOOPBACK
+from tat_core.code import CODE_HEADER, code_hash
 from tat_core.config import RunConfig, load_config
 
 FILE = "coordinator.yaml"
@@ -143,6 +144,7 @@ def proxy_configuration(config: CoordinatorConfig) -> str:
         config=config,
         certificate=config.folder / COORDINATOR,
         authority=config.folder / AUTHORITY,
+        code_header=f"{CODE_HEADER} {code_hash()}",
         is_root=os.geteuid() == 0,
     )
 

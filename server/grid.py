@@ -80,13 +80,15 @@ class FlowerSites:
     def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
         """Send each named site its instruction; yield the replies as they arrive, None while there is none.
 
-        A site whose message can no longer be answered, since its node died or was cut off, is asked again when it is back.
+        A site whose message can no longer be answered, since its node died or was cut off, is asked again when it is back; one
+        whose process for the message died is asked once more.
         """
         deadline = time.monotonic() + timeout_s
         there = {name: instructions[name] for name in self._known if name in instructions}
         waiting = self._push(kind, there, timeout_s)
         late = self._late if kind == "train" else {}
         lost = {name: time.monotonic() for name in there if name not in waiting.values()}  # site → when
+        crashed: set[str] = set()
         pause, next_look = POLL_SECONDS, time.monotonic()
         try:
             while (now := time.monotonic()) < deadline and (waiting or self._may_return(lost)):
@@ -94,11 +96,14 @@ class FlowerSites:
                 for message, reply in self._pull([*waiting, *late]):
                     is_late = message in late
                     name = late.pop(message) if is_late else waiting.pop(message)
-                    if _is_lost(reply):
+                    first_crash = _has_crashed(reply) and name not in crashed
+                    if _is_lost(reply) or first_crash:
                         if not is_late:
                             log.warning("%s was lost; it is asked again when it is back", name)
                             self._known.pop(name, None)
                             lost[name] = now
+                            if first_crash:
+                                crashed.add(name)
                         continue
                     packet = self._received(name, reply)
                     if name in instructions and not (is_late and packet.error):
@@ -193,6 +198,11 @@ class FlowerSites:
 
 def _is_lost(reply: Message) -> bool:
     return reply.has_error() and reply.error.code in UNANSWERABLE
+
+
+def _has_crashed(reply: Message) -> bool:
+    """Whether the ClientApp's process died, which its node notices within a minute; often not the work's fault."""
+    return reply.has_error() and reply.error.code == ErrorCode.CLIENT_APP_CRASHED
 
 
 def _encode(packet: Packet, packed: dict[tuple[int, ...], Array]) -> RecordDict:

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = ("client", "server", "tat_core")
+CODE_HEADER = "Fed-Tat-Code"
+"""The HTTP header in which a coordinator's proxy says which code it runs."""
 
 
 @cache

@@ -56,7 +56,7 @@ def test_a_training_process_killed_in_mid_round_costs_time_and_no_bits(smoke_hos
         consortium.stop()
     logs = "\n".join(path.read_text()[-3000:] for path in tmp_path.glob("*.log"))
     assert kill.done, logs
-    # The SuperNode takes the message up again half a minute later, and the site repeats the round exactly.
+    # The ClientApp asks the trainer that is started in its place, which repeats the round exactly.
     config = load_config("smoke", ["federation.num_sites=2"])
     run(config, LocalSites(hospitals, config), tmp_path / "alone")
     assert _hashes(tmp_path / "deployed" / "smoke") == _hashes(tmp_path / "alone"), logs
@@ -68,7 +68,7 @@ def test_a_hospital_that_restarts_under_another_number_is_asked_again(smoke_hosp
     """Without a key every start of a SuperNode is a new node for Flower, and nobody can answer the old one's messages."""
     hospitals = [smoke_hospitals[i] for i in (0, 2)]
     overrides = ["federation.num_sites=2", "num_rounds=1", f"output_dir={tmp_path / 'deployed'}"]
-    kill = _KillOnce("mri-pd", tmp_path / "mri-pd.log", "flower-supernode")
+    kill = _KillOnce("mri-pd", tmp_path / "mri-pd.log", "client.node supernode")
     with no_process_left():
         consortium = _deploy(hospitals, tmp_path)
         consortium.wait(consortium.submit(overrides), on_poll=kill)
@@ -119,7 +119,7 @@ def test_a_coordinator_killed_in_mid_round_goes_on_to_the_same_bits(smoke_hospit
 class _KillOnce:
     """Kill a process of one hospital, by default the one that trains, when its first training message is there."""
 
-    def __init__(self, hospital: str, log: Path, program: str = "flwr-clientapp") -> None:
+    def __init__(self, hospital: str, log: Path, program: str = "client.trainer") -> None:
         self.hospital, self.log, self.program, self.done = hospital, log, program, False
 
     def __call__(self) -> None:

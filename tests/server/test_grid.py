@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -41,7 +41,7 @@ class Node:
     state: object
     site: str
     tasks: str = "CT"
-    answer: Callable[[Message], RecordDict | None] | None = None
+    answer: Callable[[Message], RecordDict | Error | None] | None = None
     alive: bool = True  # otherwise it has yet to start
     seen: list[str] = field(default_factory=list)
     node_id: int = 0
@@ -189,6 +189,25 @@ def test_a_site_that_does_not_come_back_holds_the_round_up_for_so_long_only(link
         assert set(_ask(sites, "north", "south", timeout_s=60.0)) == {"south"}
         assert time.monotonic() - started < 30
         assert set(sites.members(waiting)) == {"south"}
+
+
+@pytest.mark.parametrize(("crashes", "error"), [(1, None), (9, f"NODE_ERROR_{ErrorCode.CLIENT_APP_CRASHED}")])
+def test_a_site_whose_process_crashed_is_asked_once_more(
+    link: InMemoryGrid, waiting: RunConfig, crashes: int, error: str | None
+) -> None:
+    attempts = itertools.count()
+
+    def train(message: Message) -> RecordDict | Error:
+        return Error(ErrorCode.CLIENT_APP_CRASHED, "") if next(attempts) < crashes else north.reply(message)
+
+    north, south = Node(link.state, "north", answer=train), Node(link.state, "south")
+    sites = FlowerSites(link, waiting)
+    with living(north, south):
+        sites.members(waiting)
+        replies = _ask(sites, "north", "south")
+    assert replies["north"].error == error
+    assert replies["south"].error is None
+    assert north.seen.count("train") == 2
 
 
 def test_one_of_two_nodes_with_the_same_name_takes_part(
