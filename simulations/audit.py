@@ -238,8 +238,8 @@ trivial guess, *yes* more than 1 dB above it as well. The private gradients come
 noise 0.001 and 1 are multiples of that.
 
 How to read it:
-- Where it says **yes** or **in part**, the update holds the patient's image: without privacy it must be treated as patient
-  data. "Only weights leave" protects nobody.
+- Where it says **yes**, the update holds the patient's image, and where it says **in part** its structure: without privacy an
+  update must be treated as patient data. "Only weights leave" protects nobody.
 - Where it says **no**, this attack failed. **That proves nothing**: a better prior, more iterations or another attack may
   succeed. The only bound is that of differential privacy, and it depends on ε alone.
 - A real round has many steps of several patches each, and a sum of hospitals at the coordinator's guard only after it has
