@@ -135,6 +135,7 @@ def groups(site_file: Path, site: Site, coordinator: Coordinator) -> list[Group]
     """What runs at a hospital: Flower's node, and the trainer that does the work. The node is stopped first."""
     home, trainer = site.state_dir / "flower", site.state_dir / "trainer"
     home.mkdir(parents=True, exist_ok=True)
+    trainer.mkdir(mode=0o700, exist_ok=True)  # a first message may come before the trainer has begun
     environment = {
         **os.environ,
         **QUIET_ENVIRONMENT,
