@@ -2,8 +2,9 @@
 
 A round is charged in full, durably, before a pixel is read: whatever kills the site afterwards, the ledger can only count too
 much. The charge belongs to a *release*, everything that the round's reply is made from, so that the same instruction again is
-the same charge, and any other one a new charge. A round counts against a data set if the two have a single case in common, by
-the content of its images: neither a new run, a renamed file nor one more patient opens a fresh budget.
+the same charge, and any other one a new charge. A round counts against a data set if the two have a single case in common, by the
+content of its images, or a single patient, by the pseudonym: neither a new run, a renamed file, one more patient nor the same
+people's images of another task open a fresh budget.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from client.consent import SiteRefusalError
 from client.site import Site
+from tat_core.data.prepared import PreparedSplit
 from tat_core.privacy import epsilon_spent
 
 DAY_S = 86400.0
@@ -60,7 +62,18 @@ def ledger_file(site: Site) -> Path:
     return site.state_dir / "ledger.sqlite"
 
 
-def reserve(site: Site, release: str, contents: Sequence[str], run: str, round_number: int, charge: Charge | None) -> bool:
+def marks_of(splits: Iterable[PreparedSplit]) -> list[str]:
+    """What a training set is known by: a hash of each case's images and one of each patient's pseudonym."""
+    marks = set()
+    for split in splits:
+        marks |= {case.sha256 for case in split.cases}
+        marks |= {
+            hashlib.sha256(f"patient {name}".encode("utf-8", "surrogateescape")).hexdigest() for name in split.slices_by_patient
+        }
+    return sorted(marks)
+
+
+def reserve(site: Site, release: str, marks: Sequence[str], run: str, round_number: int, charge: Charge | None) -> bool:
     """Charge a round before it begins, unless this very release was charged before.
 
     Parameters
@@ -68,8 +81,8 @@ def reserve(site: Site, release: str, contents: Sequence[str], run: str, round_n
     site
     release : str
         Hash of everything that the reply is made from.
-    contents : sequence of str
-        Hashes of the images of every training case.
+    marks : sequence of str
+        Of the training set, by `marks_of`.
     run, round_number
     charge : sequence of (float, float, int), or None
         None for a round without differential privacy.
@@ -84,7 +97,7 @@ def reserve(site: Site, release: str, contents: Sequence[str], run: str, round_n
     SiteRefusalError
         The round would take the data set beyond the site's ε, or the site has trained its rounds for today.
     """
-    data_set = hashlib.sha256(json.dumps(sorted(contents)).encode()).hexdigest()
+    data_set = hashlib.sha256(json.dumps(sorted(marks)).encode()).hexdigest()
     now = time.time()
     with _transaction(site) as database:
         known = database.execute("SELECT settled FROM rounds WHERE release = ?", (release,)).fetchone()
@@ -97,11 +110,11 @@ def reserve(site: Site, release: str, contents: Sequence[str], run: str, round_n
         if charge is not None:
             # "rdp" never decreases when a round is added: whoever passes now is never found to be over the limit later.
             delta, limit = site.privacy.delta, site.privacy.epsilon
-            epsilon = epsilon_spent([*_history(_related(database, contents)), *charge], delta, "rdp")
+            epsilon = epsilon_spent([*_history(_related(database, marks)), *charge], delta, "rdp")
             if limit is not None and epsilon > limit:
                 raise SiteRefusalError("BUDGET_SPENT", f"ε would be {epsilon:.3f}, site.yaml allows {limit:g}")
             history = json.dumps([list(stretch) for stretch in charge])
-        database.executemany("INSERT OR IGNORE INTO cases VALUES (?, ?)", [(content, data_set) for content in contents])
+        database.executemany("INSERT OR IGNORE INTO cases VALUES (?, ?)", [(content, data_set) for content in marks])
         row = (release, data_set, run, round_number, now, history, epsilon, delta, 0)
         database.execute(f"INSERT INTO rounds VALUES ({', '.join('?' * len(row))})", row)
     return False
@@ -113,19 +126,19 @@ def settle(site: Site, release: str) -> None:
         database.execute("UPDATE rounds SET settled = 1 WHERE release = ?", (release,))
 
 
-def account(site: Site, contents: Sequence[str], kind: str = "prv") -> Account:
+def account(site: Site, marks: Sequence[str], kind: str = "prv") -> Account:
     """What a data set has paid, at the site's δ.
 
     Parameters
     ----------
     site
-    contents : sequence of str
-        Hashes of the images of its training cases.
+    marks : sequence of str
+        Of its training set, by `marks_of`.
     kind : str
         As for `tat_core.privacy.epsilon_spent`.
     """
     with _transaction(site) as database:
-        related = _related(database, contents)
+        related = _related(database, marks)
     private = sum(entry["history"] is not None for entry in related)
     unsettled = sum(not entry["settled"] for entry in related)
     return Account(epsilon_spent(_history(related), site.privacy.delta, kind), private, len(related) - private, unsettled)
@@ -144,10 +157,10 @@ def spent_in(site: Site, run: str, round_number: int) -> dict[str, Any]:
     return {key: entries[-1][key] for key in ("epsilon", "delta", "history")} if entries else {}
 
 
-def _related(database: sqlite3.Connection, contents: Sequence[str]) -> list[dict[str, Any]]:
-    """The rounds of every data set that shares a case with these."""
+def _related(database: sqlite3.Connection, marks: Sequence[str]) -> list[dict[str, Any]]:
+    """The rounds of every data set that shares a case or a patient with these."""
     where = "WHERE data_set IN (SELECT data_set FROM cases WHERE content IN (SELECT value FROM json_each(?)))"
-    return _rows(database, where, json.dumps(list(contents)))
+    return _rows(database, where, json.dumps(list(marks)))
 
 
 def _rows(database: sqlite3.Connection, where: str, *arguments: str) -> list[dict[str, Any]]:

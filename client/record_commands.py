@@ -26,7 +26,7 @@ def status(site: SiteFile = Path("site.yaml")) -> None:
 
 @privacy_app.command("export")
 def export(site: SiteFile = Path("site.yaml")) -> None:
-    """Every round as a JSON line: enough to recompute ε with any accountant. Holds hashes of images, and nothing else of them."""
+    """Every round as a JSON line: enough to recompute ε with any accountant. Of a data set it holds one hash, nothing else."""
     for entry in ledger.rounds(load_site(site)):
         typer.echo(json.dumps(entry))
 

@@ -74,12 +74,12 @@ def training_split(folder: Path) -> PreparedSplit:
 
 def spent(site: Site, split: PreparedSplit) -> str:
     """What a data set has paid, in words."""
-    account = ledger.account(site, [case.sha256 for case in split.cases])
+    account = ledger.account(site, ledger.marks_of([split]))
     limit = "no ceiling" if site.privacy.epsilon is None else f"of {site.privacy.epsilon:g}"
     text = f"ε {account.epsilon:.3f} {limit} at δ {site.privacy.delta:g} in {account.private} private rounds"
-    if account.unsettled:
-        text += f" ({account.unsettled} of them not finished)"
-    return text + (f"; {account.unprotected} rounds WITHOUT differential privacy" if account.unprotected else "")
+    if account.unprotected:
+        text += f"; {account.unprotected} rounds WITHOUT differential privacy"
+    return text + (f"; {account.unsettled} of all these never finished" if account.unsettled else "")
 
 
 def _problems(site: Site) -> Iterator[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -63,11 +63,11 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
     check_metrics(site, "losses")
     verified(instruction)
     splits = agreed_splits(site, config)
-    contents = [case.sha256 for split in splits.values() for case in split.cases]
-    run, release = str(instruction.config["run"]), _release(config, instruction, contents)
+    marks = ledger.marks_of(splits.values())
+    run, release = str(instruction.config["run"]), _release(config, instruction, marks)
     private = patient_sgd(config, splits) if config.privacy.enabled else None
     charge = None if private is None else [(private.noise_multiplier, private.sample_rate, steps)]
-    is_settled = ledger.reserve(site, release, contents, run, int(instruction.config["round"]), charge)
+    is_settled = ledger.reserve(site, release, marks, run, int(instruction.config["round"]), charge)
     if private is None:
         reply = _train(site, config, instruction, splits)
     else:
@@ -75,15 +75,17 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
         if kept is None and is_settled:
             raise SiteRefusalError("ALREADY_ANSWERED", "this private round was answered, and its reply is no longer on disk")
         reply = kept or keep_reply(site, run, release, _train(site, config, instruction, splits, private))
+        # A coordinator that went back to an earlier state asks for the same round by another nonce.
+        reply = replace(reply, config=answer_to(instruction, site))
     ledger.settle(site, release)
     return reply
 
 
-def _release(config: RunConfig, instruction: Packet, contents: Sequence[str]) -> str:
+def _release(config: RunConfig, instruction: Packet, marks: Sequence[str]) -> str:
     """A hash of everything that a round's reply is made from."""
     decisive = {key: value for key, value in config_to_dict(config).items() if key in _DECISIVE}
     asked = {key: instruction.config[key] for key in ("run", "round", "base", "steps")}
-    return hashlib.sha256(json.dumps([decisive, asked, sorted(contents)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([decisive, asked, sorted(marks)], sort_keys=True).encode()).hexdigest()
 
 
 def _train(
@@ -97,8 +99,6 @@ def _train(
     optimiser = make_optimiser(model.to(site.device), config.train)
     if config.train.keep_optimiser:
         load_optimiser(site, run, round_number, optimiser)
-    splits = training_splits(site, config)
-    private = patient_sgd(config, splits) if config.privacy.enabled else None
     result = train(
         model,
         splits,

@@ -67,6 +67,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "arms": ARMS,
         "metrics": METRICS,
         "tables": tables,
+        "fine_tuned": any("fine_tuned" in table.arms for table in tables),
         "windows": windows(summary, record.tasks),
         "figures": _figures(record),
         "hospitals": _hospitals(record, notes),

@@ -11,12 +11,15 @@ from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from client import ledger
 from client.consent import SiteRefusalError
 from client.site import PrivacyLimits, Site
+from tat_core.data.prepared import PreparedSplit, StoredCase
 from tat_core.privacy import epsilon_spent
+from tat_core.tasks import TASKS
 
 KILLS = 50
 CHARGE = [(1.0, 0.1, 10)]
@@ -98,6 +101,18 @@ def test_one_shared_case_is_the_same_account(tmp_path: Path) -> None:
     assert (grown.private, grown.unprotected, grown.unsettled) == (1, 1, 2)
     assert grown.epsilon == epsilon_spent(CHARGE, 1e-5, "rdp")
     assert ledger.account(site, ["c" * 64], "rdp").epsilon == 0.0
+
+
+def test_a_patient_with_new_images_or_those_of_another_task_has_one_account(tmp_path: Path) -> None:
+    site = _site(tmp_path)
+    ct, pet, others = (
+        PreparedSplit(TASKS[task], [StoredCase(sha, patient, np.zeros((2, 1, 8, 8), np.float32), sha * 64)])
+        for task, patient, sha in (("CT", "anna", "a"), ("PET", "anna", "b"), ("PET", "bert", "c"))
+    )
+    ledger.reserve(site, "first", ledger.marks_of([ct]), "0" * 32, 1, CHARGE)
+    assert ledger.account(site, ledger.marks_of([pet]), "rdp").epsilon == epsilon_spent(CHARGE, 1e-5, "rdp")
+    assert ledger.account(site, ledger.marks_of([others]), "rdp").epsilon == 0.0
+    assert b"anna" not in ledger.ledger_file(site).read_bytes()
 
 
 def test_rounds_a_day_count_releases_and_not_repeats(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_nothing_of_a_patient_is_in_any_byte_that_leaves(folder: Path, monkeypat
 def test_a_private_round_that_is_asked_for_again_is_one_release(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     site = replace(load_site(smoke_hospitals[0] / "site.yaml"), state_dir=tmp_path / "state")
     config = load_config("smoke", "privacy.enabled=true privacy.noise_multiplier=2.0")
-    first, again = (_train(site, config, 1) for _ in range(2))
+    first, again = (_train(site, config, 1, nonce) for nonce in ("before", "after the coordinator came back"))
     other = _train(site, config, 2)
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not all(np.array_equal(first[name], other[name]) for name in first)
@@ -175,10 +175,11 @@ def test_a_private_round_that_is_asked_for_again_is_one_release(smoke_hospitals:
     assert entries[0]["sha256"] == model_hash(first)
 
 
-def _train(site: work.Site, config: RunConfig, number: int) -> dict[str, np.ndarray]:
+def _train(site: work.Site, config: RunConfig, number: int, nonce: str = "n") -> dict[str, np.ndarray]:
     torch.manual_seed(0)
     model = arrays_of(build_model(config.model, 1))
-    words = {"run": RUN, "round": number, "nonce": "n", "base": model_hash(model), "steps": config.train.local_steps}
+    words = {"run": RUN, "round": number, "nonce": nonce, "base": model_hash(model), "steps": config.train.local_steps}
     reply = work.handle(work.train_round, site, config, work.Packet(model, {}, words))
     assert reply.error is None
+    assert reply.config["nonce"] == nonce
     return reply.arrays

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from client.site import load_site
+import deploy
+from client.coordinator import Coordinator
+from client.site import PrivacyLimits, Site, load_site
 
 GOOD = "name: north\nscanner: A, 120 kV\ndevice: cpu\ndata: {CT: CT}\nstate_dir: state\nsynthetic: false\n"
 
@@ -42,6 +45,18 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
 def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_site(_write(tmp_path, text))
+
+
+def test_the_example_can_be_read_and_shows_every_key() -> None:
+    path = Path(deploy.__file__).parent / "site.example.yaml"
+    site = load_site(path)
+    assert (site.minimum_patients, site.privacy) == (11, PrivacyLimits(True, 8.0, 1e-5))
+    assert site.coordinator == Coordinator(
+        "coordinator.example.org:443", path.with_name("ca.pem"), path.parent / "state" / "node.key"
+    )
+    text = path.read_text()
+    for kind in (Site, PrivacyLimits, Coordinator):
+        assert [entry.name for entry in fields(kind) if f"{entry.name}:" not in text] == []
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

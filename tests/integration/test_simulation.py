@@ -25,7 +25,7 @@ TAT = str(Path(sys.executable).parent / "tat")
 def test_flower_and_the_engine_alone_end_in_the_same_bits(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     sites = smoke_hospitals[0].parent
     done = subprocess.run(
-        [TAT, "simulate", "preset=smoke", "train.ema_decay=0.5", "--sites", str(sites)],
+        [TAT, "simulate", "preset=smoke", "train.ema_decay=0.5", "federation.fine_tune_steps=2", "--sites", str(sites)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -38,6 +38,7 @@ def test_flower_and_the_engine_alone_end_in_the_same_bits(smoke_hospitals: list[
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["tasks"]) == {"CT", "MRI", "PET"}
     assert set(summary["hospitals"]) == {path.name for path in smoke_hospitals}
+    assert all("fine_tuned" in entry["arms"] for entry in summary["hospitals"].values())
     assert (folder / "report.html").stat().st_size > 100_000
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     config = load_config("smoke", ["train.ema_decay=0.5"])

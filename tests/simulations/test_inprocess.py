@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client import work
 from client.alone import train_alone
 from client.site import load_site
 from client.work import describe, handle, patient_bucket, train_round
@@ -119,6 +120,24 @@ def test_a_site_with_two_tasks_trains_both(smoke_hospitals: list[Path], config: 
     assert reply.metrics["CT.count"] + reply.metrics["PET.count"] == 8 * config.train.batch_size
     assert min(reply.metrics["CT.count"], reply.metrics["PET.count"]) > 0
     assert np.abs(reply.arrays["CT:output.weight"] - reply.arrays["PET:output.weight"]).max() > 0
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_task_that_the_hospital_declines_is_not_trained(
+    smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    ct, pet = (load_site(smoke_hospitals[i] / "site.yaml") for i in (0, 4))
+    both = replace(ct, data={**ct.data, **pet.data}, state_dir=tmp_path)
+    if private:
+        config = load_config("smoke", ["privacy.enabled=true", "privacy.noise_multiplier=1"])
+    monkeypatch.setattr(work, "agreed_tasks", lambda *_: ("CT",))
+    drawn: list[set[str]] = []
+    whole = work.train
+    monkeypatch.setattr(work, "train", lambda model, splits, *a, **k: drawn.append(set(splits)) or whole(model, splits, *a, **k))
+    model = for_tasks(give_own(arrays_of(build_model(config.model, 0)), config.tasks, ("adapter",)), ("CT",))
+    words = {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)}
+    assert handle(train_round, both, config, Packet(model, {}, words)).error is None
+    assert drawn == [{"CT"}]
 
 
 def test_a_site_keeps_the_released_model_fitted_to_its_own_images(

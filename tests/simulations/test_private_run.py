@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from typer.testing import CliRunner
 
+from client import ledger
+from client.record_commands import privacy_app
 from client.site import load_site
-from client.work import evaluate_round, handle, train_round
+from client.work import agreed_splits, evaluate_round, handle, train_round
 from server.strategy import run
 from simulations.inprocess import LocalSites
 from tat_core.checkpoint import arrays_of, model_hash, read_model
@@ -27,6 +33,21 @@ def test_a_private_run_ends_with_a_model_and_without_scores(smoke_hospitals: lis
     assert {facts["status"] for facts in record["sites"].values()} == {"ok"}
     assert record["mean_gain_db"] is None
     assert read_model(tmp_path / "run" / "model.safetensors").metadata["extra"]["round"] == config.num_rounds
+    for hospital in smoke_hospitals:
+        site_file = hospital / "site.yaml"
+        exported = CliRunner().invoke(privacy_app, ["export", str(site_file)]).stdout
+        charges = [c for line in exported.splitlines() for c in json.loads(line)["history"] or ()]
+        site = load_site(site_file)
+        reported = ledger.account(site, ledger.marks_of(agreed_splits(site, config).values())).epsilon
+        assert len(charges) >= config.num_rounds
+        assert reported == pytest.approx(_epsilon_by_google(charges, site.privacy.delta), rel=0.01)
+
+
+def _epsilon_by_google(charges: list[tuple[float, float, int]], delta: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=1e-3)
+    for sigma, rate, steps in charges:
+        accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), steps)
+    return float(accountant.get_epsilon(delta))
 
 
 def test_a_private_reply_is_within_range_moves_what_is_trained_and_never_repeats(smoke_hospitals: list[Path]) -> None:

@@ -143,6 +143,21 @@ def read_page(folder: Path) -> Page:
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
+def test_what_hospitals_made_of_the_model_is_an_arm_of_its_own(run_dir: Path) -> None:
+    facts = summary()
+    for entry in (*facts["tasks"].values(), *facts["hospitals"].values()):
+        entry["arms"] = entry["arms"] | {"fine_tuned": scores(31.25)}
+    (run_dir / "summary.json").write_text(json.dumps(facts))
+    for path in (run_dir / "panels").iterdir():
+        with np.load(path) as arrays:
+            np.savez(path, **arrays, fine_tuned=arrays["hq"])
+    text = page(run_dir).text
+    for expected in ("Fine-tuned", "31.25", "+3.50", "+2.25", "Together, fine-tuned", "what each hospital made of it"):
+        assert expected in text
+    (run_dir / "summary.json").write_text(json.dumps(summary()))
+    assert "what each hospital made of it" not in page(run_dir).text
+
+
 def pixels(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,"))))
 

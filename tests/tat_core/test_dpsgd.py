@@ -157,6 +157,18 @@ def test_a_parameter_without_a_gradient_is_an_error_that_names_it() -> None:
     PatientSgd(config, 0.0, 1.0).set_gradients(without_code, {"CT": patients("CT", 2)}, TRAIN.patch_size)
 
 
+class ScaledLinear(torch.nn.Linear):
+    """A layer that nobody wrote a rule for."""
+
+
+def test_a_layer_without_a_rule_is_an_error_that_names_it() -> None:
+    model = build_model(SMALL, seed=1)
+    first = model.tren.mlp[0]
+    model.tren.mlp[0] = ScaledLinear(first.in_features, first.out_features, bias=False)
+    with pytest.raises(ValueError, match=r"expected a rule for tren\.mlp\.0 \(ScaledLinear\), got none"):
+        PatientSgd(UNBOUNDED, 0.0, 1.0).set_gradients(model, {"CT": patients("CT", 2)}, TRAIN.patch_size)
+
+
 def test_a_patient_whose_gradient_is_not_finite_counts_as_zero() -> None:
     split = patients("CT", 3)
     broken = [replace(case, array=case.array * np.float32("nan")) if i == 0 else case for i, case in enumerate(split.cases)]
