@@ -190,7 +190,7 @@ _PAGE = """# What privacy costs in image quality
 Raw numbers in `privacy.json`.
 
 > **Not a privacy claim.** The sample images come from one or two people a hospital. Here every training *slice* stands for a
-> patient of one make-believe hospital, {stand_ins} in all; neighbouring slices are alike, and a guarantee would be for the person.
+> patient of one make-believe hospital, {stand_ins} in all; neighbouring slices are alike; a guarantee would be for the person.
 
 ![gain over the input at each budget](privacy.svg)
 

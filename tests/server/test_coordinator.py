@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import zipfile
@@ -24,7 +25,9 @@ from server.consortium import found, utc_now
 from server.coordinator import EXAMPLE, FILE, CoordinatorConfig, proxy_command, proxy_configuration, read_coordinator
 from server.service import MARK, Service
 from server.superlink import PROJECT
+from server.supervise import supervise
 from tat_core.code import CODE_HEADER, code_hash
+from tat_core.files import hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +64,13 @@ def test_the_coordinators_bundle_is_the_projects_and_holds_no_code() -> None:
     content, _ = build_fab_from_files({"pyproject.toml": PROJECT.format(version="0.1.0").encode()})
     names = zipfile.ZipFile(io.BytesIO(content)).namelist()
     assert [name for name in names if not name.startswith(".info/")] == ["pyproject.toml"]
+
+
+def test_one_for_each_folder(tmp_path: Path) -> None:
+    with hold(tmp_path / "coordinator.lock") as lock:
+        assert lock is not None
+        with pytest.raises(ValueError, match="expected to be the only one for"):
+            supervise(CoordinatorConfig(tmp_path), threading.Event())
 
 
 DETACHES_AND_DIES = """
