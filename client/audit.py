@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from client.site import Site
-from tat_core.checkpoint import replacing
+from tat_core.files import replacing
 
 START = "0" * 64
 _TAIL_BYTES = 1 << 20  # no entry is near as long

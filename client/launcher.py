@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from client.site import Site, load_site
 from client.supervise import LOOK_S, Group, keep_running
 from client.wire import FOLDER_VARIABLE
 from tat_core.environment import QUIET_ENVIRONMENT
+from tat_core.files import hold
 
 log = logging.getLogger("fed_tat.launcher")
 
@@ -135,6 +135,7 @@ def groups(site_file: Path, site: Site, coordinator: Coordinator) -> list[Group]
     """What runs at a hospital: Flower's node, and the trainer that does the work. The node is stopped first."""
     home, trainer = site.state_dir / "flower", site.state_dir / "trainer"
     home.mkdir(parents=True, exist_ok=True)
+    trainer.mkdir(mode=0o700, exist_ok=True)  # a first message may come before the trainer has begun
     environment = {
         **os.environ,
         **QUIET_ENVIRONMENT,
@@ -183,14 +184,9 @@ def only_one(site: Site) -> TextIO:
     ValueError
         There is a `flower-client` for this site already.
     """
-    site.state_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(site.state_dir / "flower-client.lock", "w")  # noqa: SIM115 - it stays open
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"flower-client: expected to be the only one for {site.name}, got another that runs; stop it first"
-        ) from None
+    lock = hold(site.state_dir / "flower-client.lock")
+    if lock is None:
+        raise ValueError(f"flower-client: expected to be the only one for {site.name}, got another that runs; stop it first")
     return lock
 
 

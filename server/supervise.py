@@ -17,7 +17,7 @@ from server.coordinator import CoordinatorConfig, proxy_command, proxy_configura
 from server.harm import COMPARISON, wanted_models
 from server.service import FIRST_PAUSE_S, LONGEST_PAUSE_S, Service
 from server.superlink import control, register_only, run_status, start_run
-from tat_core.files import write_file
+from tat_core.files import hold, write_file
 from tat_core.record import is_run, read_record
 
 log = logging.getLogger("fed_tat.coordinator")
@@ -28,7 +28,16 @@ SILENT_S = 120.0  # a SuperLink that has not answered for so long is started afr
 
 
 def supervise(config: CoordinatorConfig, stopping: threading.Event) -> bool:
-    """Run the coordinator until its run has finished, or until told to stop; whether it has finished."""
+    """Run the coordinator until its run has finished, or until told to stop; whether it has finished.
+
+    Raises
+    ------
+    ValueError
+        There is one for this folder already: two would submit the same run twice.
+    """
+    lock = hold(config.folder / "coordinator.lock")
+    if lock is None:
+        raise ValueError(f"coordinator up: expected to be the only one for {config.folder}, got another that runs; stop it first")
     for name in ("logs", "proxy/temporary", "superlink", "runs"):
         (config.folder / name).mkdir(parents=True, exist_ok=True)
     write_file(config.folder / "proxy" / "nginx.conf", proxy_configuration(config).encode())
@@ -39,6 +48,7 @@ def supervise(config: CoordinatorConfig, stopping: threading.Event) -> bool:
                 return True
     finally:
         coordinator.stop()
+        lock.close()
     return False
 
 

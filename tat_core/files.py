@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
@@ -15,6 +17,7 @@ def replacing(path: Path) -> Iterator[Path]:
     After any crash `path` is the old file or the whole new one: write, fsync, rename, fsync the folder.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed: in a container the next one has the same number
     try:
         yield temporary
         _sync(temporary)
@@ -31,6 +34,18 @@ def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(descriptor, "wb") as file:
             file.write(content)
+
+
+def hold(path: Path) -> TextIO | None:
+    """Lock a file until what is returned is closed, or the process ends, however it ends; None if another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "w")  # noqa: SIM115 - it stays open
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import statistics
@@ -104,6 +105,7 @@ def main() -> int:
         for model, (preset, overrides) in plans.items():
             for node in NODES:
                 costs[model, node] = measure(hospitals, preset, overrides, node, Path(place) / f"{model}-{node}")
+                print(f"{model}, {node}: {costs[model, node]}, load {os.getloadavg()[0]:.1f}", flush=True)
     table = Table("model", "node", "overhead of a round", "limit", "round", "SuperLink", "ServerApp")
     for (model, node), cost in costs.items():
         limit = f"<= {LIMITS_S[model]} s" if node == "flower-client" else ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -293,3 +295,8 @@ def test_the_command(site_file: Path, as_json: bool) -> None:
         assert [line.split(":")[0].split(maxsplit=1)[1] for line in lines] == checks
     assert good.exit_code in {0, 1}  # type: ignore[attr-defined]  # little disk is a warning
     assert bad.exit_code == 2  # type: ignore[attr-defined]
+
+
+def test_it_is_quick_since_it_looks_before_every_start() -> None:
+    heavy = "import sys, client.doctor; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0, "the doctor imports torch"

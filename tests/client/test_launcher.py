@@ -50,6 +50,8 @@ def test_flower_knows_these_options(tmp_path: Path, site: Site, monkeypatch: pyt
     assert parsed["superlink"] == "there:1"
     assert parsed["isolation"] == "process"
     assert parsed["node_config"] == f'site="{tmp_path / "site.yaml"}"'
+    # A first message may come before the trainer has begun: it then waits for the socket, in a folder that is there.
+    assert (site.state_dir / "trainer").stat().st_mode & 0o777 == 0o700
     assert commands["ClientApps"][-1].endswith(f":{given[given.index('--port') + 1]}")
 
 

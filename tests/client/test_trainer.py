@@ -160,7 +160,6 @@ def test_one_that_is_killed_at_work_is_replaced_and_the_round_repeated_exactly(h
 
 def test_it_gives_work_up_that_nobody_waits_for(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     lonely = _Hospital(smoke_hospitals[2], tmp_path)
-    (lonely.state / "trainer").mkdir(mode=0o700, parents=True)
     command = [sys.executable, "-m", "client.trainer", str(lonely.file), str(lonely.state / "trainer")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

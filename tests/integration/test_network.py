@@ -154,7 +154,7 @@ def test_a_hospitals_message_process_killed(begin: Callable[..., Day]) -> None:
 
 
 def test_a_hospitals_node_killed(begin: Callable[..., Day]) -> None:
-    day = begin("num_rounds=6")
+    day = begin("num_rounds=4")
     day.consortium.start()
     day.wait_for_round(1)
     (victim, *_) = day.consortium.find("mri-pd", "supernode")

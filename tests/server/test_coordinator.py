@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import zipfile
@@ -16,10 +19,15 @@ import psutil
 import pytest
 import yaml
 from flwr.cli.build import build_fab_from_files
+from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from server.coordinator import EXAMPLE, FILE, read_coordinator
+from server.consortium import found, utc_now
+from server.coordinator import EXAMPLE, FILE, CoordinatorConfig, proxy_command, proxy_configuration, read_coordinator
 from server.service import MARK, Service
 from server.superlink import PROJECT
+from server.supervise import supervise
+from tat_core.code import CODE_HEADER, code_hash
+from tat_core.files import hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +66,13 @@ def test_the_coordinators_bundle_is_the_projects_and_holds_no_code() -> None:
     assert [name for name in names if not name.startswith(".info/")] == ["pyproject.toml"]
 
 
+def test_one_for_each_folder(tmp_path: Path) -> None:
+    with hold(tmp_path / "coordinator.lock") as lock:
+        assert lock is not None
+        with pytest.raises(ValueError, match="expected to be the only one for"):
+            supervise(CoordinatorConfig(tmp_path), threading.Event())
+
+
 DETACHES_AND_DIES = """
 import os, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
@@ -78,6 +93,23 @@ def test_what_a_dead_service_left_behind_ends_before_it_starts_again(tmp_path: P
     assert not [process for process in psutil.process_iter() if _mark(process) == marks[0]]
     service.stop()
     assert not [process for process in psutil.process_iter() if _mark(process) in marks]
+
+
+def test_the_proxys_configuration_is_valid_and_passes_what_a_node_calls(tmp_path: Path) -> None:
+    if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("nginx is not installed")
+    found(tmp_path, ["localhost"], utc_now())
+    config = CoordinatorConfig(tmp_path, listen="127.0.0.1:8443")
+    text = proxy_configuration(config)
+    (tmp_path / "proxy" / "temporary").mkdir(parents=True)
+    (tmp_path / "proxy" / "nginx.conf").write_text(text)
+    checked = subprocess.run([*proxy_command(config), "-t"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    called = set(re.findall(r'"/v1/fleet/([a-z-]+)"', inspect.getsource(FleetHttpClient)))
+    (passed,) = re.findall(r"\^/v1/fleet/\((.+)\)\$ \{", text)
+    # Nodes that register themselves are not wanted: the coordinator approves them.
+    assert set(passed.split("|")) == called - {"register-node", "unregister-node"}
+    assert f"add_header {CODE_HEADER} {code_hash()} always;" in text
 
 
 def test_units_are_valid() -> None:
