@@ -23,6 +23,7 @@ from rich.progress import Progress
 from simulations.compare.arms import ARMS, Job, do, is_variation
 from simulations.compare.report import choose_table, judge, write_report
 from simulations.hospitals import build_hospitals
+from simulations.processes import no_process_left
 
 SMALLER = ("train.patch_size=48", "train.batch_size=2")  # than the preset's: the comparison takes hours as it is
 
@@ -40,7 +41,8 @@ def main() -> int:
         for arm in options.arm or ARMS
     ]
     jobs.sort(key=lambda job: is_variation(job.arm))  # the claims' arms first
-    results = _all(jobs, options.workers)
+    with no_process_left():
+        results = _all(jobs, options.workers)
     if options.choose:
         Console().print(choose_table(results))
         return 0

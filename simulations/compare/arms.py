@@ -35,6 +35,7 @@ STOCK_TUNED = (
     *("balance.kind=equal", "train.keep_optimiser=false"),
 )
 STOCK = (*STOCK_TUNED, "federation.fine_tune_steps=0")
+SHARED = ("federation.task_groups=[adapter]", "federation.server_lr=2")
 WITHIN = (EVERY_GROUP, "federation.server_lr=1", "train.keep_optimiser=false", "federation.fine_tune_steps=0")
 CROSS_SLICES = 2  # of each site's test slices, for models that were trained elsewhere
 CURVE_POINTS = 10
@@ -68,15 +69,14 @@ ARMS = {
     "fedprox": Arm("FedProx, μ = 0.01", "federated", (*STOCK, "train.proximal=0.01")),
     "ours": Arm("F: ours", "federated"),
     "without-fine-tuning": Arm("ours, the released model as it is", "federated", ("federation.fine_tune_steps=0",)),
+    "without-kept-optimiser": Arm("ours, optimiser's state dropped each round", "federated", ("train.keep_optimiser=false",)),
     "without-task-code": Arm("ours, hypernetwork without a task's own code", "federated", ("model.task_code=false",)),
     "without-awake": Arm(
         "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
     ),
-    "without-adapters": Arm("ours, nothing a task's own", "federated", ("federation.task_groups=[]",)),
-    "without-kept-optimiser": Arm("ours, optimiser's state dropped each round", "federated", ("train.keep_optimiser=false",)),
-    "without-server-lr": Arm("ours, server step not lengthened", "federated", ("federation.server_lr=1",)),
-    "with-balancer": Arm("ours, shares by the closed-form balancer", "federated", ("balance.kind=closed_form",)),
-    "with-turning": Arm("ours, conflict-averse", "federated", ("federation.combination=conflict_averse",)),
+    "with-sharing": Arm("ours, backbone and hypernetwork shared by the tasks", "federated", SHARED),
+    "with-balancer": Arm("the same, shares by the closed-form balancer", "federated", (*SHARED, "balance.kind=closed_form")),
+    "with-turning": Arm("the same, conflict-averse", "federated", (*SHARED, "federation.combination=conflict_averse")),
 }
 
 
