@@ -11,6 +11,7 @@ import numpy as np
 
 from client.consent import check_metrics
 from client.site import Site
+from client.state import load_optimiser
 from client.work import (
     agreed_splits,
     answer_to,
@@ -27,7 +28,7 @@ from tat_core.checkpoint import read_model, replacing, save_model
 from tat_core.config import RunConfig, config_to_dict
 from tat_core.model.tat import TAT, build_model
 from tat_core.packet import Packet
-from tat_core.train import train
+from tat_core.train import make_optimiser, train
 
 # What a run is called, where it is written and whether it goes on does not change what a hospital alone would learn.
 _IRRELEVANT = ("name", "output_dir", "resume", "federation")
@@ -72,8 +73,11 @@ def _steps_alone(config: RunConfig) -> int:
     return config.num_rounds * config.train.local_steps + config.federation.fine_tune_steps
 
 
-def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray], run: str = "") -> dict[str, np.ndarray]:
     """Fit a released model to the hospital's own images: every parameter, for ``federation.fine_tune_steps`` steps.
+
+    The optimiser goes on with its state after the last round, if the site has it: the first steps of a fresh AdamW are as long
+    for every parameter as the learning rate, and would throw a trained network off.
 
     Parameters
     ----------
@@ -81,6 +85,8 @@ def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> d
     config : RunConfig
     arrays : dict of key to array
         Shared parameters and the tasks' own (`tat_core.sharing`).
+    run : str, optional
+        The run's identity, by which the site keeps its optimiser's state.
 
     Returns
     -------
@@ -90,6 +96,9 @@ def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> d
     splits = training_splits(site, config)
     own = {task: own_of(arrays, task) for task in splits}
     model = network_of(config, arrays, next(iter(splits))).to(site.device)
+    optimiser = make_optimiser(model, config.train)
+    if run:
+        load_optimiser(site, run, config.num_rounds + 1, optimiser)
     train(
         model,
         splits,
@@ -97,6 +106,7 @@ def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> d
         rng=np.random.default_rng([config.seed, name_seed(site.name), config.num_rounds + 1]),
         num_steps=config.federation.fine_tune_steps,
         device=site.device,
+        optimiser=optimiser,
         own=own,
     )
     return arrays | {key: value for key, value in trained_arrays(model, own).items() if key in arrays}
@@ -114,7 +124,8 @@ def fine_tune_round(site: Site, config: RunConfig, instruction: Packet) -> Packe
     run, base = str(instruction.config["run"]), str(instruction.config["base"])
     path = kept_model(site, config)
     if not path.is_file() or read_model(path).metadata["extra"].get("fine_tuned_from") != base:
-        arrays = fine_tune(site, config, released | kept_at_site(site, config, run, int(instruction.config["round"])))
+        start = released | kept_at_site(site, config, run, int(instruction.config["round"]))
+        arrays = fine_tune(site, config, start, run)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"run": config.name, "fine_tuned_from": base, "steps": config.federation.fine_tune_steps}
         save_model(path, arrays, config.model, facts)

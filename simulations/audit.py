@@ -4,7 +4,7 @@ Gradient inversion (Zhu et al., arXiv:1906.08935; Geiping et al., arXiv:2003.140
 one that was sent. The L1's gradient at the output is a sign for each pixel; these signs are searched along with the image, which
 replaces a target image and is what makes the attack work. The attacker knows the model, the loss, the optimiser and the
 patch's mean, and gets the easiest prey: one small patch alone, a small network at its published start, no other site in between.
-Writes docs/results/audit.md, audit.json and audit.png. About fifteen minutes on one core.
+Writes docs/results/audit.md, audit.json and audit.png. About five minutes on one core.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ TRIVIAL = "trivial guess: the patch's mean"
 def main() -> None:
     """Attack every case and write what was found."""
     parser = argparse.ArgumentParser(description="Gradient inversion of one update.")
-    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--side", type=int, default=16, help="of the patch, in pixels; a multiple of 8")
     parser.add_argument("--hospitals", type=Path, default=Path("data/hospitals-demo"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
@@ -88,14 +88,19 @@ def main() -> None:
             update = make_update(model, patch, case, options.side)
             start = torch.from_numpy(guesses[TRIVIAL])
             guesses[name] = invert(state, update, start, case.steps > 0, options.iterations, lambda: progress.advance(bar))
-            progress.console.print(name, similarity(truth, guesses[name]))
-    results = {name: similarity(truth, guess) for name, guess in guesses.items()}
-    options.output.mkdir(parents=True, exist_ok=True)
-    facts = {"iterations": options.iterations, "side": options.side, "results": results}
-    (options.output / "audit.json").write_text(json.dumps(facts, indent=1) + "\n")
-    draw(truth, guesses, results, options.output / "audit.png")
-    (options.output / "audit.md").write_text(page(results, options.side, options.iterations))
+            # After each, so that a run that is cut short leaves what it found.
+            write(options.output, truth, guesses, options.side, options.iterations)
     Console(width=100).print((options.output / "audit.md").read_text())
+
+
+def write(output: Path, truth: np.ndarray, guesses: dict[str, np.ndarray], side: int, iterations: int) -> None:
+    """Write numbers, page and picture of the cases that were attacked so far."""
+    results = {name: similarity(truth, guess) for name, guess in guesses.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    facts = {"iterations": iterations, "side": side, "results": results}
+    (output / "audit.json").write_text(json.dumps(facts, indent=1) + "\n")
+    draw(truth, guesses, results, output / "audit.png")
+    (output / "audit.md").write_text(page(results, side, iterations))
 
 
 def central_patch(split: PreparedSplit, side: int) -> PreparedSplit:
@@ -139,10 +144,10 @@ def invert(
     on_step : callable
     """
     state = {name: value.detach().clone().requires_grad_() for name, value in state.items()}
-    target = {name: value.detach() for name, value in update.items() if bool(value.any())}
-    weights = {
-        name: 1 / value.square().sum() for name, value in target.items()
-    }  # what is mostly noise is long, and counts little
+    names = [name for name, value in update.items() if bool(value.any())]
+    target = torch.cat([update[name].detach().flatten() for name in names])
+    # Every tensor counts alike; one that is mostly noise is long, so that what is left of its gradient counts little.
+    weights = torch.cat([torch.full((update[n].numel(),), 1 / float(update[n].square().sum()) / len(names)) for n in names])
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *start.shape, generator=generator)
     lq = (start + 0.02 * noise[0])[None, None].requires_grad_()
@@ -150,19 +155,14 @@ def invert(
     optimiser = torch.optim.Adam([{"params": [lq], "lr": 0.004}, {"params": [signs], "lr": 0.1}])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations)
     for step in range(iterations):
-        gradients = torch.autograd.grad(
-            restore(state, lq), [state[name] for name in target], torch.tanh(signs) / signs.numel(), create_graph=True
-        )
-        guess = dict(zip(target, gradients, strict=True))
+        wanted = [state[name] for name in names]
+        gradients = torch.autograd.grad(restore(state, lq), wanted, torch.tanh(signs) / signs.numel(), create_graph=True)
         if adam:
             softness = 1 - 0.9 * step / iterations
-            guess = {
-                name: g / torch.sqrt(g.square() + softness**2 * g.detach().square().mean() + 1e-30) for name, g in guess.items()
-            }
-        along = sum(float((weights[name] * guess[name].detach() * target[name]).sum()) for name in target)
-        scale = along / sum(float((weights[name] * guess[name].detach().square()).sum()) for name in target)
-        errors = [weights[name] * (scale * guess[name] - target[name]).square().sum() for name in target]
-        cost = torch.stack(errors).mean() + _SMOOTHNESS * total_variation(lq)
+            gradients = tuple(g / torch.sqrt(g.square() + softness**2 * g.detach().square().mean() + 1e-30) for g in gradients)
+        guess = torch.cat([gradient.flatten() for gradient in gradients])
+        scale = (weights * guess * target).sum() / (weights * guess.square()).sum()  # the attacker need not know it
+        cost = (weights * (scale.detach() * guess - target).square()).sum() + _SMOOTHNESS * total_variation(lq)
         for variable, gradient in zip((lq, signs), torch.autograd.grad(cost, (lq, signs)), strict=True):
             variable.grad = gradient
         optimiser.step()
@@ -199,14 +199,22 @@ def draw(truth: np.ndarray, guesses: dict[str, np.ndarray], results: dict[str, d
     plt.close(figure)
 
 
+def _verdict(found: dict[str, float], trivial: dict[str, float]) -> str:
+    if found["ssim"] < trivial["ssim"] + 0.1:
+        return "no"
+    return "**yes**" if found["psnr_db"] > trivial["psnr_db"] + 1 else "**in part**"
+
+
 def page(results: dict[str, dict[str, float]], side: int, iterations: int) -> str:
     """docs/results/audit.md."""
     rows = [f"| **{TRIVIAL}** | | {results[TRIVIAL]['psnr_db']:.1f} | {results[TRIVIAL]['ssim']:.2f} | |"]
     for name, case in CASES.items():
+        if name not in results:
+            rows.append(f"| {name} | | not run | | |")
+            continue
         found, bound = results[name], results[TRIVIAL]
         epsilon = "" if case.noise is None else f"{epsilon_spent([(case.noise, 1.0, 1)], 1e-5, 'rdp'):,.1f}"
-        seen = found["psnr_db"] > bound["psnr_db"] + 1 and found["ssim"] > bound["ssim"] + 0.1
-        rows.append(f"| {name} | {epsilon} | {found['psnr_db']:.1f} | {found['ssim']:.2f} | {'**yes**' if seen else 'no'} |")
+        rows.append(f"| {name} | {epsilon} | {found['psnr_db']:.1f} | {found['ssim']:.2f} | {_verdict(found, bound)} |")
     return _PAGE.format(rows="\n".join(rows), side=side, iterations=iterations)
 
 
@@ -225,12 +233,13 @@ optimiser and the mean of the patch.
 |---|---|---|---|---|
 {rows}
 
-PSNR and SSIM of the low-quality patch, data range that of the true patch. *Seen*: above the trivial guess by more than 1 dB
-and by more than 0.1 of SSIM. The private gradients come from the product's own `PatientSgd`, clip 0.1.
+PSNR and SSIM of the low-quality patch, data range that of the true patch. *Seen*: *in part* is more than 0.1 of SSIM above the
+trivial guess, *yes* more than 1 dB above it as well. The private gradients come from the product's own `PatientSgd`, clip 0.1;
+noise 0.001 and 1 are multiples of that.
 
 How to read it:
-- Where it says **yes**, an update *is* the patient's image: an update without privacy must be treated as patient data. "Only
-  weights leave" protects nobody.
+- Where it says **yes**, the update holds the patient's image, and where it says **in part** its structure: without privacy an
+  update must be treated as patient data. "Only weights leave" protects nobody.
 - Where it says **no**, this attack failed. **That proves nothing**: a better prior, more iterations or another attack may
   succeed. The only bound is that of differential privacy, and it depends on ε alone.
 - A real round has many steps of several patches each, and a sum of hospitals at the coordinator's guard only after it has

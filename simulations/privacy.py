@@ -145,7 +145,8 @@ def page(runs: list[dict[str, Any]], config: RunConfig, stand_ins: int) -> str:
         chosen = [run for run in runs if (run["epsilon"], run["noise_for_patients"]) == (epsilon, size)]
         overall = [mean(run["gain_db"].values()) for run in chosen]
         cells = (_psnr_and_gain(chosen, task) for task in tasks)
-        summary = f"{mean(overall):+.2f} ({min(overall):+.2f}…{max(overall):+.2f})"
+        spread = f" ({min(overall):+.2f}…{max(overall):+.2f})" if len(overall) > 1 else ""
+        summary = f"{mean(overall):+.2f}{spread}"
         sigma = f"{chosen[0]['noise_multiplier']:.2f}"
         rows.append(
             _row("∞" if epsilon is None else f"{epsilon:g}", "" if epsilon is None else f"{size:,}", sigma, *cells, summary)
@@ -155,7 +156,7 @@ def page(runs: list[dict[str, Any]], config: RunConfig, stand_ins: int) -> str:
         "noise as for",
         "noise multiplier",
         *(f"{task}, dB" for task in tasks),
-        "mean gain, dB (range over seeds)",
+        "mean gain, dB",
     )
     table = "\n".join([_row(*heads), "|---" * len(heads) + "|", *rows])
     steps = config.num_rounds * config.train.local_steps
@@ -167,12 +168,8 @@ def page(runs: list[dict[str, Any]], config: RunConfig, stand_ins: int) -> str:
         steps=steps,
         batch=config.train.batch_size,
         groups=trained,
-        seeds=_seeds(runs),
+        seeds=len({run["seed"] for run in runs}),
     )
-
-
-def _seeds(runs: list[dict[str, Any]]) -> int:
-    return len({run["seed"] for run in runs})
 
 
 def _psnr_and_gain(runs: list[dict[str, Any]], task: str) -> str:
@@ -186,11 +183,11 @@ def _row(*cells: str) -> str:
 _PAGE = """# What privacy costs in image quality
 
 `python -m simulations.privacy`: the preset `private` (dim 8; trained: {groups}), {steps} steps of {batch} expected patients,
-{seeds} seeds. PSNR on the test slices of the sample hospitals, two of each, and in brackets the gain over the input image.
+seeds: {seeds}. PSNR on the test slices of the sample hospitals, two of each, and in brackets the gain over the input image.
 Raw numbers in `privacy.json`.
 
 > **Not a privacy claim.** The sample images come from one or two people a hospital. Here every training *slice* stands for a
-> patient of one make-believe hospital, {stand_ins} in all; neighbouring slices are alike; a guarantee would be for the person.
+> patient of a made-up hospital, {stand_ins} in all; neighbouring slices are alike, and a guarantee would be for the person.
 
 ![gain over the input at each budget](privacy.svg)
 
