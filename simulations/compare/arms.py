@@ -35,7 +35,6 @@ STOCK_TUNED = (
     *("balance.kind=equal", "train.keep_optimiser=false"),
 )
 STOCK = (*STOCK_TUNED, "federation.fine_tune_steps=0")
-SHARED = ("federation.task_groups=[adapter]", "federation.server_lr=2")
 WITHIN = (EVERY_GROUP, "federation.server_lr=1", "train.keep_optimiser=false", "federation.fine_tune_steps=0")
 CROSS_SLICES = 2  # of each site's test slices, for models that were trained elsewhere
 CURVE_POINTS = 10
@@ -74,9 +73,13 @@ ARMS = {
     "without-awake": Arm(
         "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
     ),
-    "with-sharing": Arm("ours, backbone and hypernetwork shared by the tasks", "federated", SHARED),
-    "with-balancer": Arm("the same, shares by the closed-form balancer", "federated", (*SHARED, "balance.kind=closed_form")),
-    "with-turning": Arm("the same, conflict-averse", "federated", (*SHARED, "federation.combination=conflict_averse")),
+    "without-adapters": Arm("ours, nothing a task's own", "federated", ("federation.task_groups=[]",)),
+    "without-sharing": Arm(
+        "ours, nothing shared by the tasks, server's step 1.5", "federated", (EVERY_GROUP, "federation.server_lr=1.5")
+    ),
+    "without-server-lr": Arm("ours, server's step not lengthened", "federated", ("federation.server_lr=1",)),
+    "with-balancer": Arm("ours, shares by the closed-form balancer", "federated", ("balance.kind=closed_form",)),
+    "with-turning": Arm("ours, conflict-averse", "federated", ("federation.combination=conflict_averse",)),
 }
 
 
