@@ -222,14 +222,14 @@ def plot_gains(results: Results, path: Path) -> None:
     """Gain over the input of the main arms at each hospital."""
     arms = [arm for arm in _order(results) if not is_variation(arm)]
     sites = sorted(tasks_of(results))
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         axes.bar(np.arange(len(sites)) + number * width, [gain(results, arm, [s]) for s in sites], width, label=ARMS[arm].title)
     axes.set_xticks(np.arange(len(sites)) + 0.4 - width / 2, sites)
     axes.set(ylabel="gain over the input, dB", title="Test images of each hospital")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.legend(ncols=2, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=7)
     figure.savefig(path)
     plt.close(figure)
 
