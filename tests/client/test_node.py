@@ -23,7 +23,7 @@ from flwr.supernode.runtime.run_clientapp import run_clientapp
 
 from client import node
 
-WAIT_S = 60.0
+WAIT_S = 60.0  # generous: a busy machine takes long to start a Python
 
 
 def test_the_supernode_knows_time_by_sleep_alone_and_sleeps_as_expected() -> None:
