@@ -7,11 +7,15 @@ import os
 # Before torch is imported: two threads that wait for each other on a busy machine make the suite ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from simulations.hospitals import build_hospitals
+
+# All tests share one fork server, which the first of them starts; what it has not imported, each of its processes imports anew.
+multiprocessing.set_forkserver_preload(["client.work", "opacus.accountants", "pytest", "server.strategy"])
 
 
 @pytest.fixture(scope="session")

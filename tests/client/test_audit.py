@@ -79,7 +79,6 @@ def _append_for_ever(folder: Path, begun: Event) -> None:
 
 def test_kills_and_two_writers_leave_a_log_that_verifies(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["client.audit", "pytest"])
     moment = random.Random(1)
     for _ in range(10):
         begun = [context.Event() for _ in range(2)]

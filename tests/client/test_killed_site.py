@@ -56,7 +56,6 @@ def _train_for_ever(folder: Path, hospital: Path, begun: Event) -> None:
 def test_fifty_kills_of_a_site_that_trains(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     site = _site(tmp_path, smoke_hospitals[0])
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["client.work", "opacus.accountants", "pytest"])
     moment = random.Random(1)
     unsettled = 0
     for _ in range(KILLS):

@@ -54,7 +54,6 @@ def _num_sent(folder: Path) -> int:
 
 def test_fifty_kills_never_count_too_little(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["client.ledger", "opacus.accountants", "pytest"])
     moment = random.Random(1)
     for _ in range(KILLS):
         begun = context.Event()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from flwr.proto.runtime_pb2 import AcquireTaskResponse
+from flwr.proto.runtime_pb2 import AcquireTaskResponse, SendTaskHeartbeatResponse
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime.run_clientapp import run_clientapp
@@ -74,21 +74,26 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/v1/runtime/pull-task-input":
-            self.server.pulling += 1
-            self.server.end.wait(WAIT_S)
-        answer = AcquireTaskResponse()
-        if self.path == "/v1/runtime/acquire-task":
-            self.server.looks += 1
-            if self.server.tokens:
-                answer.token = self.server.tokens.pop(0)
-                answer.task.task_id = 1
-        body = answer.SerializeToString()
+        body = self._answer().SerializeToString()
         self.send_response(200)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def _answer(self) -> AcquireTaskResponse | SendTaskHeartbeatResponse:
+        answer = AcquireTaskResponse()
+        if self.path == "/v1/runtime/send-task-heartbeat":
+            return SendTaskHeartbeatResponse(success=True)  # at anything else Flower's process ends itself
+        if self.path == "/v1/runtime/pull-task-input":
+            self.server.pulling += 1
+            self.server.end.wait(WAIT_S)
+        elif self.path == "/v1/runtime/acquire-task":
+            self.server.looks += 1
+            if self.server.tokens:
+                answer.token = self.server.tokens.pop(0)
+                answer.task.task_id = 1
+        return answer
 
     def log_message(self, *_: object) -> None:
         pass

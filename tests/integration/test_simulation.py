@@ -58,7 +58,7 @@ with no_process_left():
 """
 
 
-@pytest.mark.parametrize("phase", ["alone", "together"])
+@pytest.mark.parametrize("phase", ["alone", pytest.param("together", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_no_process_and_nothing_to_trust(smoke_hospitals: list[Path], tmp_path: Path, phase: str) -> None:
     sites = smoke_hospitals[0].parent
     whole = [TAT, "simulate", "preset=smoke", "num_rounds=1000", "--sites", str(sites)]

@@ -30,7 +30,6 @@ def _num_rounds(folder: Path) -> int:
 def test_twenty_kills_and_the_same_bits(config: RunConfig, tmp_path: Path) -> None:
     config = replace(config, num_rounds=60, resume=True)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["server.strategy", "rule_sites"])
     moment = random.Random(1)
     killed_in = []
     for _ in range(KILLS):

@@ -91,7 +91,7 @@ def test_one_hospital_that_loses_is_a_claim_that_does_not_hold(tmp_path: Path, o
 def test_an_arm_trains_scores_and_is_not_trained_again(
     smoke_hospitals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
-    sites = tuple(smoke_hospitals)
+    sites = tuple(smoke_hospitals[i] for i in (0, 2, 4))
     overrides = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
     job = Job(arm, 1, "smoke", overrides, 4, sites, tmp_path, "cpu")
     result = do(job)

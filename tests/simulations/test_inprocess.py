@@ -62,7 +62,7 @@ def test_a_run_scores_every_task_and_releases_a_model(smoke_hospitals: list[Path
 
 
 def test_training_lowers_the_loss_of_every_hospital(smoke_hospitals: list[Path], config: RunConfig) -> None:
-    config = replace(config, num_rounds=2, train=replace(config.train, local_steps=40, lr=1e-3))
+    config = replace(config, num_rounds=2, train=replace(config.train, local_steps=20, lr=2e-3))
     start = arrays_of(build_model(config.model, config.seed))
     for folder in smoke_hospitals:
         site = load_site(folder / "site.yaml")
