@@ -64,7 +64,7 @@ class SyntheticSites:
 def synthetic_reply(instruction: Packet, task: str, factor: float) -> Packet:
     """A reply that the guard accepts."""
     arrays = {key: value * np.float32(factor) for key, value in instruction.arrays.items()}
-    statistics_ = {"count": 4, "input_sum": 0.2, "change_sum": 0.1, "loss_sum": 0.1, "loss_square_sum": 0.01}
+    statistics_ = {"count": 4, "input_sum": 0.2, "change_sum": 0.1, "loss_sum": 0.1, "loss_square_sum": 0.01, "gradient_sum": 0.4}
     return Packet(arrays, {f"{task}.{name}": value for name, value in statistics_.items()}, dict(instruction.config))
 
 
