@@ -20,6 +20,7 @@ import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode import start_client_internal
@@ -27,6 +28,7 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.runtime.run_clientapp import run_clientapp
 
 from client.supervise import PARENT_VARIABLE, is_orphan
+from tat_core.flower_waits import wait_less
 
 SHORTEST_S, SHARE = 0.1, 0.1
 WHILE_WORKING_S = 0.5  # what the SuperNode sleeps between two looks whether the ClientApp has replied
@@ -110,6 +112,7 @@ def _run_in_child(address: str, token: str) -> None:
 
 def main() -> None:
     """Run one of the two."""
+    wait_less(pull_objects, pull_and_inflate_object_from_tree)
     role = sys.argv.pop(1)
     if role == "supernode":
         supernode()

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 from server.grid import FlowerSites
 from server.strategy import run
 from tat_core.config import load_config
+from tat_core.flower_waits import wait_less
 
 app = ServerApp()
 
@@ -21,6 +23,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds; what they leave is under ``<output_dir>/<name>``."""
     _log_to_stdout()
+    wait_less(pull_objects)
     config = load_config(str(context.run_config["preset"]), str(context.run_config["overrides"]))
     torch.set_num_threads(config.train.num_threads)
     run(config, FlowerSites(grid, config), Path(config.output_dir) / config.name)
