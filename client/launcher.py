@@ -26,7 +26,7 @@ from client.coordinator import Coordinator
 from client.site import Site, load_site
 from client.supervise import LOOK_S, Group, keep_running
 from client.wire import FOLDER_VARIABLE
-from tat_core.environment import QUIET_ENVIRONMENT
+from tat_core.environment import MESSAGE_ENVIRONMENT, QUIET_ENVIRONMENT
 from tat_core.files import hold
 
 log = logging.getLogger("fed_tat.launcher")
@@ -139,6 +139,7 @@ def groups(site_file: Path, site: Site, coordinator: Coordinator) -> list[Group]
     environment = {
         **os.environ,
         **QUIET_ENVIRONMENT,
+        **MESSAGE_ENVIRONMENT,
         "FLWR_HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         FOLDER_VARIABLE: str(trainer),

@@ -10,7 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
-from tat_core.environment import QUIET_ENVIRONMENT
+from tat_core.environment import MESSAGE_ENVIRONMENT, QUIET_ENVIRONMENT
 from tat_core.processes import end_marked
 
 log = logging.getLogger("fed_tat.coordinator")
@@ -69,6 +69,7 @@ class Service:
         environment = {
             **os.environ,
             **QUIET_ENVIRONMENT,
+            **MESSAGE_ENVIRONMENT,
             MARK: self._mark,
             "FLWR_HOME": str(self._folder / "superlink"),
             # Flower finds its other commands by name.

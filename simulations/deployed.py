@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from simulations.flower import app_folder
-from tat_core.environment import QUIET_ENVIRONMENT
+from tat_core.environment import MESSAGE_ENVIRONMENT, QUIET_ENVIRONMENT
 
 BINARIES = Path(sys.executable).parent
 PORT_SECONDS = 60.0
@@ -85,14 +85,14 @@ def deploy(
     (home / "run" / "config.toml").write_text(connection)
     environment = {**os.environ, **QUIET_ENVIRONMENT, "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}"}
 
-    def start(name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(name: str, command: Sequence[str], more: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
         with open(folder / f"{name}.log", "wb") as log:
-            return subprocess.Popen(
-                command, env=environment | {"FLWR_HOME": str(home / name)}, stdout=log, stderr=log, cwd=folder
-            )
+            own = environment | {"FLWR_HOME": str(home / name), **more}
+            return subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=folder)
 
     seen = Deployment()
-    superlink = start("superlink", [str(BINARIES / "flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)])
+    listen = ["--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    superlink = start("superlink", [str(BINARIES / "flower-superlink"), *listen], MESSAGE_ENVIRONMENT)
     wait_for_port(port)
     clients = [start(place.name, node(place / "site.yaml", address)) for place in hospitals]
     run_config = f'preset="{preset}" overrides="{" ".join(overrides)}"'

@@ -8,3 +8,11 @@ QUIET_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+# Who passes whole models on keeps the memory that the last one lay in, instead of having it mapped, cleared and unmapped for each
+# of a message's copies; more than half a gigabyte of it goes back to the system.
+MESSAGE_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 * 2**20),
+}
