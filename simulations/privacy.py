@@ -13,8 +13,9 @@ import argparse
 import json
 import math
 import multiprocessing as mp
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -89,10 +90,9 @@ def main() -> None:
         Progress() as progress,
     ):
         bar = progress.add_task("training", total=len(plans))
-        for done in as_completed([pool.submit(one_run, config, stores, options.split, plan) for plan in plans]):
-            runs.append(done.result())
+        for run in pool.map(partial(one_run, config, stores, options.split), plans):
+            runs.append(run)
             progress.advance(bar)
-    runs.sort(key=lambda run: plans.index(Run(run["task"], run["epsilon"] or math.inf, run["large"], run["seed"])))
     options.output.mkdir(parents=True, exist_ok=True)
     facts = {"scored": options.split, "privacy_claim": False, "runs": runs}
     (options.output / "privacy.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -173,13 +173,17 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 values = [_of(chosen, epsilon, seed)["gain_db"] for epsilon in BUDGETS]
                 axes.plot(values, f"C{number}o-", label=task if seed == 0 else None, alpha=0.7)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_xticks(range(len(BUDGETS)), [f"{epsilon:g}" if math.isfinite(epsilon) else "∞" for epsilon in BUDGETS])
+        axes.set_xticks(range(len(BUDGETS)), [_label(epsilon) for epsilon in BUDGETS])
         patients = f"{LARGE:,} patients" if large else "as many patients as slices"
         axes.set(xlabel="ε of the run", title=f"noise for {patients}")
     panels[0].set_ylabel("gain over the input, dB")
     panels[0].legend()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _label(epsilon: float) -> str:
+    return f"{epsilon:g}" if math.isfinite(epsilon) else "∞"
 
 
 def _of(runs: list[dict[str, Any]], epsilon: float, seed: int) -> dict[str, Any]:
@@ -199,7 +203,7 @@ def page(runs: list[dict[str, Any]], config: RunConfig) -> str:
                 noise = "/".join(dict.fromkeys(f"{run['noise_multiplier']:.2f}" for run in chosen))
                 size = "none" if not math.isfinite(epsilon) else f"{LARGE:,}" if large else "the slices"
                 cells = (_cell([run for run in chosen if run["task"] == task]) for task in tasks)
-                rows.append(_row(f"{epsilon:g}" if math.isfinite(epsilon) else "∞", size, noise, *cells))
+                rows.append(_row(_label(epsilon), size, noise, *cells))
     table = "\n".join([_row("ε of the run", "noise as for", "noise multiplier", *tasks), "|---" * (3 + len(tasks)) + "|", *rows])
     return _PAGE.format(
         table=table,
@@ -241,15 +245,7 @@ Raw numbers in `privacy.json`.
 {sampled} slices are sampled for a step there, and the mean gradient has the noise of a mean of {batch}. At ∞ gradients are
 shortened but not noised.
 
-What to take from it (written by hand, of the run of 25 November 2026):
-- With the noise of some thousand patients the network learns as much at MRI as without noise, already at ε = 2, and a third to a
-  half at PET. At CT it learns hardly anything even without noise: too few parameters, and too few slices.
-- With some dozens of patients the noise is larger than all there is to learn, and it does harm: at CT the image comes out worse
-  by several dB. A small hospital must not train privately by itself.
-- Only small groups of parameters are trained: noise grows with the root of their number, the signal does not. That alone
-  also limits the row ∞.
-- Choosing settings by looking at private data costs budget too. These were chosen on the validation slices of public sample
-  images.
+[What to take from it](privacy-notes.md) is written by hand.
 """
 
 

@@ -106,7 +106,7 @@ def test_famo_favours_the_task_that_improves_least() -> None:
     st.sampled_from(["published", "closed_form", "famo", "equal", "count"]),
     st.integers(0, 5),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=60)
 def test_shares_sum_to_one_within_their_bounds(facts: list[tuple[float, float]], kind: str, warmup: int) -> None:
     stats = {
         f"T{number}": replace(_stats(loss, 10 + number), gradient_sum=gradient * (10 + number))
