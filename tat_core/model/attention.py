@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -41,20 +42,37 @@ def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, pr
     channels //= 3
     if height <= window and width <= window:
         gram, squares, v = _Gram.apply(qkv.flatten(0, 1), heads)
-        return _weigh(v, _maps(gram, squares, temperature, project)).view(height, width, batch, channels)
+        return weigh(v, attention_maps(gram, squares, temperature, project)).view(height, width, batch, channels)
 
-    (rows, row_cover), (cols, col_cover) = cells(height, window), cells(width, window)
-    cover = torch.kron(row_cover, col_cover).to(qkv.device)
-    grams, squares, values = zip(*(_Gram.apply(qkv[row, col].flatten(0, 1), heads) for row in rows for col in cols), strict=True)
-    maps = _maps(_sums(grams, cover), _sums(squares, cover), temperature, project)
-    mean = (cover / cover.sum(1, keepdim=True)).to(maps.dtype) @ maps.view(cover.shape[1], -1)
-    outs = map(_weigh, values, mean.view(-1, batch, channels, channels))
-    bands = [torch.cat([next(outs).unflatten(0, (-1, col.stop - col.start)) for col in cols], 1) for _ in rows]
+    rows, cols = cells(height, window), cells(width, window)
+    cover = torch.kron(rows.cover, cols.cover).to(qkv.device)
+    grams, squares, values = zip(
+        *(_Gram.apply(qkv[row, col].flatten(0, 1), heads) for row in rows.cuts for col in cols.cuts), strict=True
+    )
+    maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
+    outs = map(weigh, values, mean_over_windows(maps, cover))
+    bands = [torch.cat([next(outs).unflatten(0, (-1, col.stop - col.start)) for col in cols.cuts], 1) for _ in rows.cuts]
     return torch.cat(bands)
 
 
-def cells(size: int, window: int) -> tuple[list[slice], Tensor]:
-    """The pieces that windows' borders cut one side into, and (pieces, windows) ones where a window covers a piece.
+@dataclass(frozen=True)
+class Cells:
+    """One side of an image, cut into pieces.
+
+    Attributes
+    ----------
+    cuts : list of slice
+        From the first pixel to the last.
+    cover : torch.Tensor (pieces, windows)
+        1 where a window covers a piece.
+    """
+
+    cuts: list[slice]
+    cover: Tensor
+
+
+def cells(size: int, window: int, most: int | None = None) -> Cells:
+    """The pieces that windows' borders cut one side into, none longer than `most`.
 
     As few windows as cover the side, evenly stepped; the last ends with the image.
     """
@@ -62,26 +80,33 @@ def cells(size: int, window: int) -> tuple[list[slice], Tensor]:
     count = math.ceil(size / window)
     step = window if count == 1 else math.ceil((size - window) / (count - 1))
     starts = [min(i * step, size - window) for i in range(count)]
-    cuts = sorted({*starts, *(start + window for start in starts)})
-    cover = [[float(start <= low < start + window) for start in starts] for low in cuts[:-1]]
-    return [slice(low, high) for low, high in pairwise(cuts)], torch.tensor(cover)
+    borders = sorted({*starts, *(start + window for start in starts)})
+    cuts = [slice(i, min(i + (most or size), high)) for low, high in pairwise(borders) for i in range(low, high, most or size)]
+    return Cells(cuts, torch.tensor([[float(start <= cut.start < start + window) for start in starts] for cut in cuts]))
 
 
-def _sums(parts: tuple[Tensor, ...], cover: Tensor) -> Tensor:
+def sum_over_windows(parts: Sequence[Tensor], cover: Tensor) -> Tensor:
     """What every window adds up to: a (B, …) per cell in, (windows · B, …) in fp32 or better out."""
-    whole = torch.stack(parts)
+    whole = torch.stack(tuple(parts)).flatten(1)
     whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
-    return (cover.view(*cover.shape, *[1] * parts[0].dim()) * whole[:, None]).sum(0).flatten(0, 1)
+    with torch.autocast(whole.device.type, enabled=False):
+        return (cover.T.to(whole.dtype) @ whole).view(-1, *parts[0].shape[1:])
 
 
-def _maps(gram: Tensor, squares: Tensor, temperature: Map, project: Map) -> Tensor:
+def mean_over_windows(maps: Tensor, cover: Tensor) -> Tensor:
+    """The mean map of the windows that cover a cell: (windows · B, C, C) → (cells, B, C, C)."""
+    mean = (cover / cover.sum(1, keepdim=True)).to(maps.dtype) @ maps.view(cover.shape[1], -1)
+    return mean.view(len(cover), -1, *maps.shape[1:])
+
+
+def attention_maps(gram: Tensor, squares: Tensor, temperature: Map, project: Map) -> Tensor:
     """(N, heads, c, c) and (N, 2, heads, c) → (N, C, C), by which v is multiplied."""
     norms = squares.clamp_min(_EPS**2).sqrt()
     maps = temperature(gram / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])).softmax(-1)
     return project(_block_diagonal(maps.transpose(-2, -1)))
 
 
-def _weigh(v: Tensor, maps: Tensor) -> Tensor:
+def weigh(v: Tensor, maps: Tensor) -> Tensor:
     """(pixels, N, C) and (N, C, C) → (pixels, N, C)."""
     return torch.bmm(v.transpose(0, 1), maps).transpose(0, 1)
 

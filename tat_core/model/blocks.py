@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tat_core.model import strips
 from tat_core.model.attention import channel_attention
 from tat_core.model.depthwise import depthwise_per_image, gated_gelu
 
@@ -93,8 +94,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
         """(H, W, B, C) features, (B, 3C, 3, 3) generated kernels or None → (H, W, B, C)."""
-        qkv = self.qkv(x)
-        qkv = depthwise_per_image(qkv, self.depthwise(qkv if generated is None else generated))
+        kernels = self.depthwise(x if generated is None else generated)
+        if strips.apply_to(x):
+            return strips.attend(x, (self.qkv.weight, kernels), self.window, self.heads, self.temperature, self.project)
+        qkv = depthwise_per_image(self.qkv(x), kernels)
         return channel_attention(qkv, self.heads, self.window, self.temperature, self.project)
 
 
@@ -120,7 +123,11 @@ class GateOut(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., aligned hidden) → (..., C)."""
-        return F.linear(x, F.pad(self.weight, (0, x.shape[-1] - self.in_features)))
+        return F.linear(x, self.widened(x.shape[-1]))
+
+    def widened(self, width: int) -> Tensor:
+        """The weight with zero columns up to a width."""
+        return F.pad(self.weight, (0, width - self.in_features))
 
 
 def widen_halves(rows: Tensor) -> Tensor:
@@ -142,10 +149,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
         """(H, W, B, C) features, (B, 2·hidden, 3, 3) generated kernels or None → (H, W, B, C)."""
-        x = self.expand(x)
-        kernels = self.depthwise(x if generated is None else generated)
-        x = depthwise_per_image(x, widen_halves(kernels.transpose(0, 1)).transpose(0, 1))
-        return self.project(gated_gelu(x))
+        kernels = widen_halves(self.depthwise(x if generated is None else generated).transpose(0, 1)).transpose(0, 1)
+        if strips.apply_to(x):
+            weights = widen_halves(self.expand.weight).chunk(2)
+            parts = list(zip(weights, kernels.chunk(2, 1), strict=True))
+            return strips.feed_forward(x, parts, self.project.widened(len(weights[0])))
+        return self.project(gated_gelu(depthwise_per_image(self.expand(x), kernels)))
 
 
 class Block(nn.Module):

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def depthwise_per_image(x: Tensor, kernels: Tensor) -> Tensor:
+def depthwise_per_image(x: Tensor, kernels: Tensor, pad_rows: int = 1) -> Tensor:
     """Convolve each image with its own depth-wise 3×3 kernels, zero-padded.
 
     Parameters
     ----------
     x : torch.Tensor (H, W, B, C)
     kernels : torch.Tensor (B, C, 3, 3)
+    pad_rows : int, optional
+        Zero rows above and below; without them, two rows fewer come out.
 
     Returns
     -------
@@ -27,8 +29,8 @@ def depthwise_per_image(x: Tensor, kernels: Tensor) -> Tensor:
     """
     height, width, batch, channels = x.shape
     wide = x.reshape(1, height, width, batch * channels).permute(0, 3, 1, 2)
-    out = F.conv2d(wide, kernels.reshape(-1, 1, 3, 3), padding=1, groups=batch * channels)
-    return out.permute(0, 2, 3, 1).reshape(x.shape)
+    out = F.conv2d(wide, kernels.reshape(-1, 1, 3, 3), padding=(pad_rows, 1), groups=batch * channels)
+    return out.permute(0, 2, 3, 1).reshape(-1, width, batch, channels)
 
 
 def gated_gelu(x: Tensor) -> Tensor:

@@ -85,8 +85,11 @@ class Tren(nn.Module):
         return x.mean((2, 3))
 
     def kernels(self, pooled: Tensor) -> Kernels:
-        """(B, 4·features) → every adaptive level's kernels."""
-        code = pooled
+        """(B, 4·features) → every adaptive level's kernels, in full precision: bf16 weights cost more to make than they save."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self._kernels(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
+
+    def _kernels(self, code: Tensor) -> Kernels:
         for layer in self.mlp:
             code = F.gelu(layer(code))
         if self.normalise:

@@ -1,5 +1,7 @@
 """TAT on any batch and size, its determinism, its parameter groups and its awake hypernetwork."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,9 @@ from torch import Tensor
 
 from tat_core.config import ModelConfig
 from tat_core.groups import TASK_CODE, group_of
+from tat_core.model import strips
 from tat_core.model.attention import cells, channel_attention
-from tat_core.model.blocks import KernelMix
+from tat_core.model.blocks import Block, KernelMix
 from tat_core.model.tat import TAT, build_model
 
 TINY = ModelConfig(
@@ -65,17 +68,49 @@ def test_kernels_of_the_whole_image_can_be_given(tiny: TAT) -> None:
         assert not torch.allclose(tiny(image, swapped), tiny(image))
 
 
+@pytest.mark.parametrize("most", [None, 10])
 @pytest.mark.parametrize(
     ("size", "window", "starts"), [(64, 192, [0]), (256, 192, [0, 64]), (328, 192, [0, 136]), (41, 24, [0, 17])]
 )
-def test_windows_are_evenly_stepped_and_end_with_the_image(size: int, window: int, starts: list[int]) -> None:
-    pieces, cover = cells(size, window)
-    assert [pieces[0].start, *(piece.stop for piece in pieces)] == sorted(
-        {0, size} | {edge for s in starts for edge in (s, min(size, s + window))}
-    )
-    for column, start in zip(cover.T.bool().tolist(), starts, strict=True):
-        covered = [piece for piece, inside in zip(pieces, column, strict=True) if inside]
+def test_windows_are_evenly_stepped_and_end_with_the_image(size: int, window: int, starts: list[int], most: int | None) -> None:
+    pieces = cells(size, window, most)
+    edges = {0, size} | {edge for s in starts for edge in (s, min(size, s + window))}
+    assert edges <= {0, *(cut.stop for cut in pieces.cuts)}
+    assert [cut.start for cut in pieces.cuts] == [0, *(cut.stop for cut in pieces.cuts[:-1])]
+    assert all(cut.stop - cut.start <= most for cut in pieces.cuts) if most else len(pieces.cuts) == len(edges) - 1
+    for column, start in zip(pieces.cover.T.bool().tolist(), starts, strict=True):
+        covered = [piece for piece, inside in zip(pieces.cuts, column, strict=True) if inside]
         assert (covered[0].start, covered[-1].stop) == (start, min(size, start + window))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 21),
+    width=st.integers(1, 13),
+    batch=st.integers(1, 2),
+    heads=st.sampled_from([1, 2]),
+    rows=st.integers(1, 22),
+    precise=st.booleans(),
+)
+def test_strips_without_gradients_are_the_block(
+    height: int, width: int, batch: int, heads: int, rows: int, precise: bool
+) -> None:
+    torch.manual_seed(height)
+    block = Block(16, heads, 21, window=8, adaptive=True)
+    torch.nn.init.normal_(block.attention.depthwise.gate)
+    torch.nn.init.normal_(block.feed_forward.depthwise.gate)
+    x = torch.randn(height, width, batch, 16)
+    generated = (torch.randn(batch, 48, 3, 3), torch.randn(batch, 42, 3, 3))
+    with (
+        mock.patch.object(strips, "_STRIP_BYTES", 1),
+        mock.patch.object(strips, "_FEWEST_ROWS", rows),
+        torch.autocast("cpu", torch.bfloat16, enabled=not precise),
+    ):
+        whole = block(x, generated).detach()
+        with torch.no_grad():
+            in_strips = block(x, generated)
+    assert in_strips.dtype == whole.dtype
+    torch.testing.assert_close(in_strips, whole, rtol=0, atol=(2e-5 if precise else 0.05) * float(whole.std()))
 
 
 def plain_attention(qkv: Tensor, heads: int, temperature: Tensor, weight: Tensor) -> Tensor:

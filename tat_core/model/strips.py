@@ -1,0 +1,112 @@
+"""A block without gradients on a CPU, strip by strip of rows: what is widened is used while it is in the processor's cache.
+
+The same operations as `tat_core.model.blocks`, in another order. The widened features, five times the image's, are never whole
+in memory. Gate and value are widened each by itself: a GELU of half of a tensor's channels takes twice as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tat_core.model.attention import attention_maps, cells, mean_over_windows, sum_over_windows, weigh
+from tat_core.model.depthwise import depthwise_per_image
+
+_STRIP_BYTES = 2**24  # of widened features: smaller strips are hardly faster, and much slower beside a busy neighbour
+_FEWEST_ROWS = 4
+
+Part = tuple[Tensor, Tensor]
+"""Weights (wide, C) of a linear map and depth-wise kernels (B, wide, 3, 3) for what comes out of it."""
+
+
+def apply_to(x: Tensor) -> bool:
+    """Whether features are to go through a block in strips."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def attend(x: Tensor, part: Part, window: int, heads: int, temperature: nn.Module, project: nn.Module) -> Tensor:
+    """Attention of features (H, W, B, C); the part is that of q, k and v together."""
+    height, width, _, channels = x.shape
+    rows, cols = cells(height, window, _strip_height(x, [part])), cells(width, window)
+    values = x.new_empty(x.shape, dtype=_precision(x))
+    grams, squares = [], []
+    for piece, (qkv,) in zip(rows.cuts, _widened(x, [part], rows.cuts), strict=True):
+        values[piece] = qkv[..., 2 * channels :]
+        for col in cols.cuts:
+            cell = qkv[:, col, :, : 2 * channels].flatten(0, 1)
+            grams.append(_gram(cell, heads))
+            squares.append(_squares(cell).unflatten(-1, (2, heads, -1)))
+    cover = torch.kron(rows.cover, cols.cover)
+    maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
+    out = torch.empty_like(values)
+    places = ((row, col) for row in rows.cuts for col in cols.cuts)
+    for place, cell_maps in zip(places, mean_over_windows(maps, cover), strict=True):
+        out[place] = weigh(values[place].flatten(0, 1), cell_maps).view(out[place].shape)
+    return out
+
+
+def feed_forward(x: Tensor, parts: Sequence[Part], project: Tensor) -> Tensor:
+    """Gated feed-forward of features (H, W, B, C); the parts are those of gate and value, `project` is (C, wide)."""
+    rows = cells(x.shape[0], x.shape[0], _strip_height(x, parts)).cuts
+    out = x.new_empty(x.shape, dtype=_precision(x))
+    project = project.to(out.dtype).T
+    for piece, (gate, value) in zip(rows, _widened(x, parts, rows), strict=True):
+        gated = F.gelu(gate).mul_(value).flatten(0, 2)
+        torch.mm(gated, project, out=out[piece].view(-1, out.shape[-1]))
+    return out
+
+
+def _widened(x: Tensor, parts: Sequence[Part], rows: Sequence[slice]) -> Iterator[list[Tensor]]:
+    """For each strip and part ``depthwise_per_image(F.linear(x, weight), kernels)``, (rows, W, B, wide)."""
+    height, width, batch, channels = x.shape
+    dtype = _precision(x)
+    x = x.to(dtype)
+    parts = [(weight.to(dtype).T, kernels.to(dtype)) for weight, kernels in parts]
+    most = max(piece.stop - piece.start for piece in rows)
+    # A strip's rows with the one above and the one below; outside of the image these are zero.
+    buffers = [x.new_empty(most + 2, width, batch, weight.shape[1]) for weight, _ in parts]
+    for buffer in buffers:
+        buffer[0] = 0
+    have, end = 1, 0
+    for piece in rows:
+        start, end = end, min(piece.stop + 1, height)
+        need = piece.stop - piece.start + 2
+        rows_in = x[start:end].view(-1, channels)
+        strip = []
+        for buffer, (weight, kernels) in zip(buffers, parts, strict=True):
+            torch.mm(rows_in, weight, out=buffer[have : have + end - start].view(-1, weight.shape[1]))
+            if piece.stop == height:
+                buffer[need - 1] = 0
+            strip.append(depthwise_per_image(buffer[:need], kernels, pad_rows=0))
+            buffer[:2] = buffer[need - 2 : need].clone()
+        yield strip
+        have = 2
+
+
+def _gram(qk: Tensor, heads: int) -> Tensor:
+    """qᵀk: (pixels, B, 2C) → (B, heads, c, c)."""
+    q, k = qk.unflatten(-1, (2, heads, -1)).unbind(2)
+    if q.shape[1:3] == (1, 1):  # as a batch of one, bf16 would be copied into another order first
+        return torch.mm(q[:, 0, 0].T, k[:, 0, 0])[None, None]
+    return torch.matmul(q.permute(1, 2, 3, 0), k.permute(1, 2, 0, 3))
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sum of squares over the first dimension, in fp32 or better."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (precise.square() if precise is x else precise.square_()).sum(0)
+
+
+def _strip_height(x: Tensor, parts: Sequence[Part]) -> int:
+    height, width, batch, _ = x.shape
+    row = width * batch * sum(len(weight) for weight, _ in parts) * _precision(x).itemsize
+    return min(height, max(_FEWEST_ROWS, _STRIP_BYTES // row))
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    """What products are computed in: the surrounding autocast's precision, if there is one."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
