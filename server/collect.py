@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def instruct(
     steps : mapping of site name to int
     """
     chosen = {tasks: for_tasks(arrays, tasks) for tasks in sorted({info.tasks for info in members.values()})}
-    bases = {tasks: model_hash(some) for tasks, some in chosen.items()}
+    with ThreadPoolExecutor() as pool:  # nothing else is done meanwhile, and hashing leaves the interpreter to others
+        bases = dict(zip(chosen, pool.map(model_hash, chosen.values()), strict=True))
     packets: dict[tuple[tuple[str, ...], int], Packet] = {}
     instructions = {}
     for name, info in sorted(members.items()):

@@ -40,6 +40,10 @@ def main() -> int:
         for seed in range(1, options.seeds + 1)
         for arm in options.arm or ARMS
     ]
+    if options.cached:
+        jobs = [job for job in jobs if job.result_file.is_file()]
+        if not jobs:
+            raise ValueError(f"compare: expected results of these settings in {options.cache}, got none; run without --cached")
     jobs.sort(key=lambda job: is_variation(job.arm))  # the claims' arms first
     with no_process_left():
         results = _all(jobs, options.workers)
@@ -65,6 +69,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--hospitals", type=Path, default=Path("data/hospitals-demo"))
     parser.add_argument("--cache", type=Path, default=Path("runs/compare"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--cached", action="store_true", help="train nothing: report on the results that are there")
     parser.add_argument("--choose", action="store_true", help="print validation scores and write nothing")
     return parser.parse_args()
 

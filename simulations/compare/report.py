@@ -164,8 +164,9 @@ def _by_site(results: Results) -> str:
     rows = []
     for arm in _order(results):
         gains = [gain(results, arm, [site]) for site in sites]
-        rows.append([ARMS[arm].title, *(f"{value:+.2f}" for value in gains), f"{np.mean(gains):+.2f}"])
-    return _markdown(("arm", *sites, "mean"), rows)
+        seeds = len({result["seed"] for result in results if result["arm"] == arm})
+        rows.append([ARMS[arm].title, str(seeds), *(f"{value:+.2f}" for value in gains), f"{np.mean(gains):+.2f}"])
+    return _markdown(("arm", "seeds", *sites, "mean"), rows)
 
 
 def _differences(results: Results) -> str:
