@@ -164,8 +164,8 @@ def _by_site(results: Results) -> str:
     rows = []
     for arm in _order(results):
         gains = [gain(results, arm, [site]) for site in sites]
-        seeds = len({result["seed"] for result in results if result["arm"] == arm})
-        rows.append([ARMS[arm].title, str(seeds), *(f"{value:+.2f}" for value in gains), f"{np.mean(gains):+.2f}"])
+        seeds = str(len(values_of(results, arm)))
+        rows.append([ARMS[arm].title, seeds, *(f"{value:+.2f}" for value in gains), f"{np.mean(gains):+.2f}"])
     return _markdown(("arm", "seeds", *sites, "mean"), rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -85,9 +85,22 @@ def cells(size: int, window: int, most: int | None = None) -> Cells:
     return Cells(cuts, torch.tensor([[float(start <= cut.start < start + window) for start in starts] for cut in cuts]))
 
 
-def sum_over_windows(parts: Sequence[Tensor], cover: Tensor) -> Tensor:
+def gram_and_squares(qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """(pixels, N, 2C) → qᵀk, (N, heads, c, c), and the channels' squared norms, (N, 2, heads, c), in fp32 or better."""
+    q, k = qk.unflatten(-1, (2, heads, -1)).unbind(2)
+    if q.shape[1:3] == (1, 1):  # as a batch of one, bf16 would be copied into another order first
+        gram = torch.mm(q[:, 0, 0].T, k[:, 0, 0])[None, None]
+    else:
+        gram = torch.matmul(q.permute(1, 2, 3, 0), k.permute(1, 2, 0, 3))
+    precise = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    squares = precise.square() if precise is qk else precise.square_()
+    # Three times as fast as vector_norm over the first dimension.
+    return gram, squares.sum(0).unflatten(-1, (2, heads, -1))
+
+
+def sum_over_windows(parts: list[Tensor] | tuple[Tensor, ...], cover: Tensor) -> Tensor:
     """What every window adds up to: a (B, …) per cell in, (windows · B, …) in fp32 or better out."""
-    whole = torch.stack(tuple(parts)).flatten(1)
+    whole = torch.stack(parts).flatten(1)
     whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
     with torch.autocast(whole.device.type, enabled=False):
         return (cover.T.to(whole.dtype) @ whole).view(-1, *parts[0].shape[1:])
@@ -120,13 +133,9 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """(pixels, N, 3C) → (N, heads, c, c), (N, 2, heads, c), (pixels, N, C)."""
-        q, k, v = _split_heads(qkv, heads)
-        gram = torch.matmul(q.mT, k)
-        precise = torch.promote_types(qkv.dtype, torch.float32)
-        # Three times as fast as vector_norm over the first dimension.
-        squares = qkv[..., : qkv.shape[-1] // 3 * 2].to(precise).square().sum(0)
+        channels = qkv.shape[-1] // 3
         ctx.save_for_backward(qkv)
-        return gram, squares.view(gram.shape[0], 2, heads, -1), v
+        return *gram_and_squares(qkv[..., : 2 * channels], heads), qkv[..., 2 * channels :]
 
     @staticmethod
     def backward(ctx: Any, grad_gram: Tensor, grad_squares: Tensor, grad_v: Tensor) -> tuple[Tensor, None]:
@@ -135,8 +144,8 @@ class _Gram(torch.autograd.Function):
         grad = torch.empty_like(qkv)
         grad[..., 2 * channels :] = grad_v
         torch.mul(qkv[..., : 2 * channels], 2 * grad_squares.flatten(1), out=grad[..., : 2 * channels])
-        q, k, _ = _split_heads(qkv, heads)
-        grad_q, grad_k, _ = _split_heads(grad, heads)
+        q, k = _split_heads(qkv, heads)
+        grad_q, grad_k = _split_heads(grad, heads)
         if heads > 1:
             grad_q.add_(k @ grad_gram.mT)
             grad_k.add_(q @ grad_gram)
@@ -147,11 +156,11 @@ class _Gram(torch.autograd.Function):
         return grad, None
 
 
-def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(pixels, N, 3C) → q and k as views (N, heads, pixels, c), and v (pixels, N, C)."""
+def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """(pixels, N, 3C) → q and k as views (N, heads, pixels, c)."""
     pixels, num, channels = qkv.shape
-    parts = qkv.view(pixels, num, 3, heads, channels // 3 // heads).permute(2, 1, 3, 0, 4)
-    return parts[0], parts[1], qkv[..., channels // 3 * 2 :]
+    q, k, _ = qkv.view(pixels, num, 3, heads, channels // 3 // heads).permute(2, 1, 3, 0, 4)
+    return q, k
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:

@@ -87,16 +87,16 @@ class Tren(nn.Module):
     def kernels(self, pooled: Tensor) -> Kernels:
         """(B, 4·features) → every adaptive level's kernels, in full precision: bf16 weights cost more to make than they save."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return self._kernels(pooled.to(torch.promote_types(pooled.dtype, torch.float32)))
-
-    def _kernels(self, code: Tensor) -> Kernels:
-        for layer in self.mlp:
-            code = F.gelu(layer(code))
-        if self.normalise:
-            code = F.layer_norm(code, code.shape[-1:])
-        if self.task is not None:
-            code = F.layer_norm(self.task(code), code.shape[-1:])
-        return {name: (_as_kernels(self.attention[name], code), _as_kernels(self.feed_forward[name], code)) for name in LEVELS}
+            code = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+            for layer in self.mlp:
+                code = F.gelu(layer(code))
+            if self.normalise:
+                code = F.layer_norm(code, code.shape[-1:])
+            if self.task is not None:
+                code = F.layer_norm(self.task(code), code.shape[-1:])
+            return {
+                name: (_as_kernels(self.attention[name], code), _as_kernels(self.feed_forward[name], code)) for name in LEVELS
+            }
 
     def forward(self, deepest: Tensor) -> Kernels:
         """(H, W, B, C) deepest features → every adaptive level's kernels. No gradient reaches the features."""

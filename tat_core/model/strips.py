@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tat_core.model.attention import attention_maps, cells, mean_over_windows, sum_over_windows, weigh
+from tat_core.model.attention import attention_maps, cells, gram_and_squares, mean_over_windows, sum_over_windows, weigh
 from tat_core.model.depthwise import depthwise_per_image
 
 _STRIP_BYTES = 2**24  # of widened features: smaller strips are hardly faster, and much slower beside a busy neighbour
@@ -32,13 +32,13 @@ def attend(x: Tensor, part: Part, window: int, heads: int, temperature: nn.Modul
     height, width, _, channels = x.shape
     rows, cols = cells(height, window, _strip_height(x, [part])), cells(width, window)
     values = x.new_empty(x.shape, dtype=_precision(x))
-    grams, squares = [], []
+    products = []
     for piece, (qkv,) in zip(rows.cuts, _widened(x, [part], rows.cuts), strict=True):
         values[piece] = qkv[..., 2 * channels :]
         for col in cols.cuts:
             cell = qkv[:, col, :, : 2 * channels].flatten(0, 1)
-            grams.append(_gram(cell, heads))
-            squares.append(_squares(cell).unflatten(-1, (2, heads, -1)))
+            products.append(gram_and_squares(cell, heads))
+    grams, squares = zip(*products, strict=True)
     cover = torch.kron(rows.cover, cols.cover)
     maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
     out = torch.empty_like(values)
@@ -84,20 +84,6 @@ def _widened(x: Tensor, parts: Sequence[Part], rows: Sequence[slice]) -> Iterato
             buffer[:2] = buffer[need - 2 : need].clone()
         yield strip
         have = 2
-
-
-def _gram(qk: Tensor, heads: int) -> Tensor:
-    """qᵀk: (pixels, B, 2C) → (B, heads, c, c)."""
-    q, k = qk.unflatten(-1, (2, heads, -1)).unbind(2)
-    if q.shape[1:3] == (1, 1):  # as a batch of one, bf16 would be copied into another order first
-        return torch.mm(q[:, 0, 0].T, k[:, 0, 0])[None, None]
-    return torch.matmul(q.permute(1, 2, 3, 0), k.permute(1, 2, 0, 3))
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Sum of squares over the first dimension, in fp32 or better."""
-    precise = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (precise.square() if precise is x else precise.square_()).sum(0)
 
 
 def _strip_height(x: Tensor, parts: Sequence[Part]) -> int:
