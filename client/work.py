@@ -18,6 +18,7 @@ from client.consent import SiteRefusalError, agreed_tasks, check_metrics, patien
 from client.outgoing import outgoing, refusal
 from client.site import Site
 from client.state import keep_reply, load_optimiser, load_own, load_reply, pause_file, save_optimiser, save_own
+from tat_core.blobs import packed_bytes
 from tat_core.checkpoint import arrays_of, load_arrays, model_hash
 from tat_core.config import RunConfig, config_to_dict
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
@@ -84,6 +85,7 @@ def train_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
 def _release(config: RunConfig, instruction: Packet, marks: Sequence[str]) -> str:
     """A hash of everything that a round's reply is made from."""
     decisive = {key: value for key, value in config_to_dict(config).items() if key in _DECISIVE}
+    decisive["update_precision"] = config.federation.update_precision
     asked = {key: instruction.config[key] for key in ("run", "round", "base", "steps")}
     return hashlib.sha256(json.dumps([decisive, asked, sorted(marks)], sort_keys=True).encode()).hexdigest()
 
@@ -119,6 +121,8 @@ def _train(
         save_own(site, run, round_number, {name: value for name, value in arrays_of(model).items() if name in kept})
     trained = trained_arrays(model, own)
     update = {key: trained[key] - value for key, value in arrays.items()}
+    if config.federation.update_precision == "bf16":
+        update = {key: torch.from_numpy(value).bfloat16().float().numpy() for key, value in update.items()}
     log.info("round %d: %d steps in %.1f s", round_number, result.steps, result.seconds)
     return Packet(update, stats_to_metrics(result.stats), answer_to(instruction, site))
 
@@ -127,7 +131,7 @@ def evaluate_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
     """Score the global model on the site's validation patients; sums and counts are all that leaves."""
     arrays = verified(instruction)
     arrays = arrays | kept_at_site(site, config, str(instruction.config["run"]), int(instruction.config["round"]))
-    metrics = score_validation(site, config, lambda task: network_of(config, arrays, task))
+    metrics = score_validation(site, config, lambda task: network_of(config, arrays, task).prepare_to_restore())
     return Packet({}, metrics, answer_to(instruction, site))
 
 
@@ -219,8 +223,7 @@ def _write_down(site: Site, kind: str, instruction: Packet, reply: Packet) -> No
     run, round_number = (str(instruction.config.get(key, ""))[:64] for key in ("run", "round"))
     facts: dict[str, Any] = {"kind": kind, "run": run, "round": round_number, "words": reply.config, "metrics": reply.metrics}
     if reply.arrays:
-        size = sum(value.nbytes for value in reply.arrays.values())
-        facts |= {"arrays": len(reply.arrays), "bytes": size, "sha256": model_hash(reply.arrays)}
+        facts |= {"arrays": len(reply.arrays), "bytes": packed_bytes(reply.arrays), "sha256": model_hash(reply.arrays)}
         facts |= ledger.spent_in(site, run, int(round_number))
     audit.append(site, facts)
 

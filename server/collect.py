@@ -15,6 +15,7 @@ from server.guard import answers, examine, length
 from server.history import SiteHistory, deadline_s, steps_for, usual_norm
 from server.journal import ServerState, spool_folder
 from server.sites import SiteInfo, Sites
+from tat_core.blobs import packed_bytes
 from tat_core.checkpoint import model_hash
 from tat_core.config import RunConfig
 from tat_core.packet import Packet
@@ -250,8 +251,7 @@ def _judge(opened: OpenRound, name: str, reply: Packet, instruction: Packet) -> 
     )
     full = norm * correction
     clip = min(1.0, config.federation.clip_factor * usual / full) if usual and full else 1.0
-    size = sum(value.nbytes for value in reply.arrays.values())
-    return fault, {"bytes": size, "steps": steps, "norm": norm, "scale": correction * clip}
+    return fault, {"bytes": packed_bytes(reply.arrays), "steps": steps, "norm": norm, "scale": correction * clip}
 
 
 def _steps(state: ServerState, config: RunConfig, members: list[str]) -> dict[str, int]:

@@ -108,7 +108,7 @@ class SavedModel:
         return config_from_dict(self.metadata["model"], ModelConfig)
 
     def network(self, task: str | None = None) -> TAT:
-        """Build the network for a task, in evaluation mode.
+        """Build the network that restores a task's images; it is not for training.
 
         Parameters
         ----------
@@ -135,7 +135,7 @@ class SavedModel:
             raise ValueError(
                 f"load model: expected the parameters of this version's network, got others ({reason}); update fed-tat"
             ) from None
-        return model.eval()
+        return model.prepare_to_restore()
 
 
 def read_model(path: Path) -> SavedModel:

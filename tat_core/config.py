@@ -179,6 +179,11 @@ class FederationConfig:
     conflict_aversion: float = setting(
         0.4, "How far from the weighted mean a conflict-averse step may lie, as a share of its length.", at_least=0.0, below=1.0
     )
+    update_precision: str = setting(
+        "fp32",
+        "fp32: updates leave a site exact; bf16: rounded to bfloat16, half of the bytes.",
+        choices=("fp32", "bf16"),
+    )
     server_optimiser: str = setting(
         "average",
         "average: move by the combined update; momentum: FedAvgM; adam: FedAdam.",

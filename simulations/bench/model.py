@@ -138,6 +138,8 @@ def measure(variant: str, case: str, quick: bool, threads: int) -> Measurement:
     call: Callable[[torch.Tensor], torch.Tensor]
     if how.ours:
         model = from_published(state, replace(config, precision=how.precision, checkpointing=how.checkpointing)).to(device)
+        if not what.trains:
+            model.prepare_to_restore()
         parameters, call = list(model.parameters()), model.__call__
     else:
         state = {name: tensor.to(device).requires_grad_() for name, tensor in state.items()}

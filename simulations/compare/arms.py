@@ -79,6 +79,7 @@ ARMS = {
     ),
     "without-server-lr": Arm("ours, server's step not lengthened", "federated", ("federation.server_lr=1",)),
     "with-balancer": Arm("ours, shares by the closed-form balancer", "federated", ("balance.kind=closed_form",)),
+    "with-half-updates": Arm("ours, updates in 16 bits", "federated", ("federation.update_precision=bf16",)),
     "with-turning": Arm("ours, conflict-averse", "federated", ("federation.combination=conflict_averse",)),
 }
 

@@ -94,11 +94,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
         """(H, W, B, C) features, (B, 3C, 3, 3) generated kernels or None → (H, W, B, C)."""
-        kernels = self.depthwise(x if generated is None else generated)
-        if strips.apply_to(x):
-            return strips.attend(x, (self.qkv.weight, kernels), self.window, self.heads, self.temperature, self.project)
-        qkv = depthwise_per_image(self.qkv(x), kernels)
+        qkv = depthwise_per_image(self.qkv(x), self.depthwise(x if generated is None else generated))
         return channel_attention(qkv, self.heads, self.window, self.temperature, self.project)
+
+    def added_in_strips(self, x: Tensor, norm: nn.Module, generated: Tensor | None) -> Tensor:
+        """``x + self(norm(x), generated)`` without gradients."""
+        part = self.qkv.weight, self.depthwise(x if generated is None else generated)
+        return strips.attend(x, norm, part, self.window, self.heads, self.temperature, self.project)
 
 
 class GateIn(nn.Linear):
@@ -149,12 +151,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
         """(H, W, B, C) features, (B, 2·hidden, 3, 3) generated kernels or None → (H, W, B, C)."""
-        kernels = widen_halves(self.depthwise(x if generated is None else generated).transpose(0, 1)).transpose(0, 1)
-        if strips.apply_to(x):
-            weights = widen_halves(self.expand.weight).chunk(2)
-            parts = list(zip(weights, kernels.chunk(2, 1), strict=True))
-            return strips.feed_forward(x, parts, self.project.widened(len(weights[0])))
-        return self.project(gated_gelu(depthwise_per_image(self.expand(x), kernels)))
+        return self.project(gated_gelu(depthwise_per_image(self.expand(x), self._kernels(x, generated))))
+
+    def added_in_strips(self, x: Tensor, norm: nn.Module, generated: Tensor | None) -> Tensor:
+        """``x + self(norm(x), generated)`` without gradients, written into ``x``."""
+        weights = widen_halves(self.expand.weight).chunk(2)
+        parts = list(zip(weights, self._kernels(x, generated).chunk(2, 1), strict=True))
+        return strips.feed_forward_(x, norm, parts, self.project.widened(len(weights[0])))
+
+    def _kernels(self, x: Tensor, generated: Tensor | None) -> Tensor:
+        return widen_halves(self.depthwise(x if generated is None else generated).transpose(0, 1)).transpose(0, 1)
 
 
 class Block(nn.Module):
@@ -169,6 +175,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, generated: tuple[Tensor, Tensor] | tuple[None, None]) -> Tensor:
         """(H, W, B, C) features and the level's (attention, feed-forward) kernels → (H, W, B, C)."""
+        if strips.apply_to(x):
+            x = self.attention.added_in_strips(x, self.attention_norm, generated[0])
+            return self.feed_forward.added_in_strips(x, self.feed_forward_norm, generated[1])
         x = x + self.attention(self.attention_norm(x), generated[0])
         return x + self.feed_forward(self.feed_forward_norm(x), generated[1])
 

@@ -40,7 +40,7 @@ def info(
         model, title = build_model(config.model, config.seed), f"fresh model of preset {preset}"
     else:
         model, title = read_model(file).network(), file.name
-    found = model_info(model, side)
+    found = model_info(model.config, side)
     total = sum(found.parameters.values())
     table = Table(title=title, show_header=False)
     for group, count in found.parameters.items():

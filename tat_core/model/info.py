@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tat_core.config import ModelConfig
 from tat_core.groups import GROUPS, group_of
 from tat_core.model.blocks import KernelMix
 from tat_core.model.tat import TAT
@@ -35,8 +36,9 @@ class ModelInfo:
     side: int
 
 
-def model_info(model: TAT, side: int = 128) -> ModelInfo:
+def model_info(config: ModelConfig, side: int = 128) -> ModelInfo:
     """Count a model's parameters by group, its operations and its training memory for one image."""
+    model = TAT(config)
     parameters = dict.fromkeys(GROUPS, 0)
     for name, parameter in model.named_parameters():
         parameters[group_of(name)] += parameter.numel()
@@ -49,7 +51,7 @@ def model_info(model: TAT, side: int = 128) -> ModelInfo:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         restored = model(image)  # held, so that no kept storage is freed and counted under a reused address
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     activations = sum(size for address, size in kept.items() if address not in own)

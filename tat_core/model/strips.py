@@ -27,13 +27,15 @@ def apply_to(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def attend(x: Tensor, part: Part, window: int, heads: int, temperature: nn.Module, project: nn.Module) -> Tensor:
-    """Attention of features (H, W, B, C); the part is that of q, k and v together."""
+def attend(
+    x: Tensor, norm: nn.Module, part: Part, window: int, heads: int, temperature: nn.Module, project: nn.Module
+) -> Tensor:
+    """Features (H, W, B, C) and the attention of them, normalised; the part is that of q, k and v together."""
     height, width, _, channels = x.shape
     rows, cols = cells(height, window, _strip_height(x, [part])), cells(width, window)
     values = x.new_empty(x.shape, dtype=_precision(x))
     products = []
-    for piece, (qkv,) in zip(rows.cuts, _widened(x, [part], rows.cuts), strict=True):
+    for piece, (qkv,) in zip(rows.cuts, _widened(x, norm, [part], rows.cuts), strict=True):
         values[piece] = qkv[..., 2 * channels :]
         for col in cols.cuts:
             cell = qkv[:, col, :, : 2 * channels].flatten(0, 1)
@@ -41,40 +43,44 @@ def attend(x: Tensor, part: Part, window: int, heads: int, temperature: nn.Modul
     grams, squares = zip(*products, strict=True)
     cover = torch.kron(rows.cover, cols.cover)
     maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
-    out = torch.empty_like(values)
+    out = torch.empty_like(x)
     places = ((row, col) for row in rows.cuts for col in cols.cuts)
     for place, cell_maps in zip(places, mean_over_windows(maps, cover), strict=True):
-        out[place] = weigh(values[place].flatten(0, 1), cell_maps).view(out[place].shape)
+        weighed = weigh(values[place].flatten(0, 1), cell_maps)
+        torch.add(x[place], weighed.view(x[place].shape), out=out[place])
     return out
 
 
-def feed_forward(x: Tensor, parts: Sequence[Part], project: Tensor) -> Tensor:
-    """Gated feed-forward of features (H, W, B, C); the parts are those of gate and value, `project` is (C, wide)."""
+def feed_forward_(x: Tensor, norm: nn.Module, parts: Sequence[Part], project: Tensor) -> Tensor:
+    """Add to features (H, W, B, C), in place, the gated feed-forward of them, normalised.
+
+    The parts are those of gate and value, `project` is (C, wide). A strip is changed when no other needs what it was.
+    """
     rows = cells(x.shape[0], x.shape[0], _strip_height(x, parts)).cuts
-    out = x.new_empty(x.shape, dtype=_precision(x))
-    project = project.to(out.dtype).T
-    for piece, (gate, value) in zip(rows, _widened(x, parts, rows), strict=True):
-        gated = F.gelu(gate).mul_(value).flatten(0, 2)
-        torch.mm(gated, project, out=out[piece].view(-1, out.shape[-1]))
-    return out
+    project = project.to(_precision(x)).T
+    for piece, (gate, value) in zip(rows, _widened(x, norm, parts, rows), strict=True):
+        x[piece] += torch.mm(F.gelu(gate).mul_(value).flatten(0, 2), project).view(x[piece].shape)
+    return x
 
 
-def _widened(x: Tensor, parts: Sequence[Part], rows: Sequence[slice]) -> Iterator[list[Tensor]]:
-    """For each strip and part ``depthwise_per_image(F.linear(x, weight), kernels)``, (rows, W, B, wide)."""
+def _widened(x: Tensor, norm: nn.Module, parts: Sequence[Part], rows: Sequence[slice]) -> Iterator[list[Tensor]]:
+    """For each strip and part ``depthwise_per_image(F.linear(norm(x), weight), kernels)``, (rows, W, B, wide).
+
+    When a strip is given out, all rows up to the one below it have been read.
+    """
     height, width, batch, channels = x.shape
     dtype = _precision(x)
-    x = x.to(dtype)
     parts = [(weight.to(dtype).T, kernels.to(dtype)) for weight, kernels in parts]
     most = max(piece.stop - piece.start for piece in rows)
     # A strip's rows with the one above and the one below; outside of the image these are zero.
-    buffers = [x.new_empty(most + 2, width, batch, weight.shape[1]) for weight, _ in parts]
+    buffers = [x.new_empty(most + 2, width, batch, weight.shape[1], dtype=dtype) for weight, _ in parts]
     for buffer in buffers:
         buffer[0] = 0
     have, end = 1, 0
     for piece in rows:
         start, end = end, min(piece.stop + 1, height)
         need = piece.stop - piece.start + 2
-        rows_in = x[start:end].view(-1, channels)
+        rows_in = norm(x[start:end]).to(dtype).view(-1, channels)
         strip = []
         for buffer, (weight, kernels) in zip(buffers, parts, strict=True):
             torch.mm(rows_in, weight, out=buffer[have : have + end - start].view(-1, weight.shape[1]))

@@ -14,6 +14,7 @@ from tat_core.model.init import wake
 
 MULTIPLE = 8
 MIN_SIDE = 16
+_PRECISE = ("tren.mlp", "tren.attention", "tren.feed_forward")  # computed in fp32 whatever the precision
 _WINDOW = 192  # pixels at the input's scale: one and a half published training patches
 
 
@@ -86,6 +87,18 @@ class TAT(nn.Module):
         with self._autocast(lq):
             residual = self._residual(padded, kernels)
         return (residual.to(lq.dtype) + padded)[..., : lq.shape[-2], : lq.shape[-1]]
+
+    def prepare_to_restore(self) -> TAT:
+        """Make this a network that only restores, to the same bits but faster, and return it.
+
+        In bf16 the weights are then kept in the precision of the products, to which autocast would turn them for every image
+        anew. What makes the kernels stays in fp32, in which it is computed.
+        """
+        if self.config.precision == "bf16":
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith(_PRECISE):
+                    module.to(torch.bfloat16)
+        return self.eval()
 
     def pooled_features(self, lq: Tensor) -> Tensor:
         """What TREN keeps of an image, (B, F). Averaged over an image's tiles it serves ``tren.kernels`` for all of them."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 
 from server.journal import load_state
 from server.strategy import run
+from simulations import processes
 from simulations.inprocess import LocalSites
 from simulations.processes import MARK, no_process_left
 from tat_core.config import load_config
@@ -24,8 +27,9 @@ TAT = str(Path(sys.executable).parent / "tat")
 
 def test_flower_and_the_engine_alone_end_in_the_same_bits(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     sites = smoke_hospitals[0].parent
+    settings = ["train.ema_decay=0.5", "federation.update_precision=bf16"]
     done = subprocess.run(
-        [TAT, "simulate", "preset=smoke", "train.ema_decay=0.5", "federation.fine_tune_steps=2", "--sites", str(sites)],
+        [TAT, "simulate", "preset=smoke", *settings, "federation.fine_tune_steps=2", "--sites", str(sites)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -41,7 +45,7 @@ def test_flower_and_the_engine_alone_end_in_the_same_bits(smoke_hospitals: list[
     assert all("fine_tuned" in entry["arms"] for entry in summary["hospitals"].values())
     assert (folder / "report.html").stat().st_size > 100_000
     records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    config = load_config("smoke", ["train.ema_decay=0.5"])
+    config = load_config("smoke", settings)
     run(config, LocalSites(smoke_hospitals, config), tmp_path / "alone")
     alone = [json.loads(line) for line in (tmp_path / "alone" / "rounds.jsonl").read_text().splitlines()]
     assert [r["model_sha256"] for r in records] == [r["model_sha256"] for r in alone]
@@ -103,6 +107,23 @@ def test_even_a_process_that_detached_itself_is_ended() -> None:
         start_and_be_told_to_end()
     assert [p for p in psutil.process_iter() if _mark(p) in marks] == []
     assert MARK not in os.environ
+
+
+def test_an_interrupt_that_was_lost_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "AGAIN_SECONDS", 0.2)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+
+    def swallow_the_first() -> None:
+        with no_process_left():
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+            threading.Event().wait(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        swallow_the_first()
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.getitimer(signal.ITIMER_REAL)[1] == 0
 
 
 def _marks_below(process: subprocess.Popen[bytes]) -> set[str]:

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from client import work
+from client import audit, work
 from client.alone import train_alone
 from client.site import load_site
 from client.work import describe, handle, patient_bucket, train_round
 from server.harm import COMPARISON
 from server.strategy import run
 from simulations.inprocess import LocalSites
+from tat_core.blobs import packed_bytes
 from tat_core.checkpoint import arrays_of, model_hash, read_model
 from tat_core.config import RunConfig, load_config
 from tat_core.data.prepared import open_split, prepare
@@ -59,6 +61,21 @@ def test_a_run_scores_every_task_and_releases_a_model(smoke_hospitals: list[Path
     same = {name: np.array_equal(ct[name], pet[name]) for name in ct}
     assert {group_of(name) for name, equal in same.items() if not equal} == {"adapter"}
     assert all(equal for name, equal in same.items() if group_of(name) != "adapter")
+
+
+def test_an_update_in_16_bits_is_the_update_rounded(smoke_hospitals: list[Path], config: RunConfig) -> None:
+    site = load_site(smoke_hospitals[0] / "site.yaml")
+    model = arrays_of(build_model(config.model, config.seed))
+    asked = Packet(model, {}, {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)})
+    exact, half = (
+        handle(train_round, site, replace(config, federation=replace(config.federation, update_precision=kind)), asked)
+        for kind in ("fp32", "bf16")
+    )
+    assert exact.error is half.error is None
+    for name, update in exact.arrays.items():
+        assert np.array_equal(half.arrays[name], torch.from_numpy(update).bfloat16().float().numpy())
+    assert packed_bytes(half.arrays) * 2 == sum(value.nbytes for value in exact.arrays.values())
+    assert list(audit.read(audit.audit_file(site)))[-1]["bytes"] == packed_bytes(half.arrays)
 
 
 def test_training_lowers_the_loss_of_every_hospital(smoke_hospitals: list[Path], config: RunConfig) -> None:

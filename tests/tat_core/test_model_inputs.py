@@ -1,5 +1,6 @@
 """TAT on any batch and size, its determinism, its parameter groups and its awake hypernetwork."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -111,6 +112,19 @@ def test_strips_without_gradients_are_the_block(
             in_strips = block(x, generated)
     assert in_strips.dtype == whole.dtype
     torch.testing.assert_close(in_strips, whole, rtol=0, atol=(2e-5 if precise else 0.05) * float(whole.std()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("batch", "side"), [(1, 32), (2, 24), (1, 200)])
+def test_a_network_prepared_to_restore_does_so_to_the_same_bits(precision: str, batch: int, side: int) -> None:
+    model = build_model(replace(TINY, precision=precision), seed=0)
+    lq = torch.rand(batch, 1, side, side)
+    with torch.no_grad():
+        before = model(lq)
+        assert torch.equal(model.prepare_to_restore()(lq), before)
+    kept = {name: value.dtype for name, value in model.named_parameters()}
+    assert (kept["encoder1.0.attention.qkv.weight"] == torch.bfloat16) == (precision == "bf16")
+    assert kept["tren.mlp.0.weight"] == kept["latent.0.attention.depthwise.weight"] == torch.float32
 
 
 def plain_attention(qkv: Tensor, heads: int, temperature: Tensor, weight: Tensor) -> Tensor:
