@@ -12,6 +12,7 @@ from types import FrameType
 from tat_core.processes import end_marked
 
 MARK = "FED_TAT_PROCESSES"
+AGAIN_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -20,19 +21,23 @@ def no_process_left() -> Iterator[None]:
 
     Flower and Ray detach their daemons into sessions of their own, so process groups do not reach them. An environment
     variable is inherited by all of them: whoever carries our mark when the block ends is killed. SIGTERM and SIGHUP end the
-    block as Ctrl-C does.
+    block as Ctrl-C does. An interrupt can be lost, where a library swallows it or waits for a lock that the interrupted code
+    never gave back, so it is raised every five seconds until the block has ended.
     """
     mark = uuid.uuid4().hex
     before = os.environ.get(MARK)
     os.environ[MARK] = mark
-    handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+    alarm = signal.getitimer(signal.ITIMER_REAL)
     try:
         yield
     finally:
-        # A second Ctrl-C must not stop the cleaning.
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Another interrupt must not stop the cleaning.
+        for number in handlers:
+            signal.signal(number, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
         end_marked(MARK, mark)
-        signal.signal(signal.SIGINT, interrupt)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.environ.pop(MARK)
@@ -41,4 +46,6 @@ def no_process_left() -> Iterator[None]:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
     raise KeyboardInterrupt
