@@ -27,9 +27,7 @@ def apply_to(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def attend(
-    x: Tensor, norm: nn.Module, part: Part, window: int, heads: int, temperature: nn.Module, project: nn.Module
-) -> Tensor:
+def attend(x: Tensor, norm: nn.Module, part: Part, window: int, heads: int, temperature: nn.Module, project: nn.Module) -> Tensor:
     """Features (H, W, B, C) and the attention of them, normalised; the part is that of q, k and v together."""
     height, width, _, channels = x.shape
     rows, cols = cells(height, window, _strip_height(x, [part])), cells(width, window)

@@ -111,7 +111,8 @@ def test_strips_without_gradients_are_the_block(
         with torch.no_grad():
             in_strips = block(x, generated)
     assert in_strips.dtype == whole.dtype
-    torch.testing.assert_close(in_strips, whole, rtol=0, atol=(2e-5 if precise else 0.05) * float(whole.std()))
+    # In bf16 either is up to 0.08 standard deviations from the exact block (300 draws).
+    torch.testing.assert_close(in_strips, whole, rtol=0, atol=(2e-5 if precise else 0.2) * float(whole.std()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
