@@ -70,7 +70,7 @@ def baseline_round(site: Site, config: RunConfig, instruction: Packet) -> Packet
 
 def _steps_alone(config: RunConfig) -> int:
     """As many as the hospital takes in the run and after it."""
-    return config.num_rounds * config.train.local_steps + config.federation.fine_tune_steps
+    return config.local_steps_in_all + config.federation.fine_tune_steps
 
 
 def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray], run: str = "") -> dict[str, np.ndarray]:

@@ -108,7 +108,7 @@ def _train(
         rng=np.random.default_rng([config.seed, name_seed(site.name), round_number]),
         num_steps=int(instruction.config["steps"]),
         first_step=(round_number - 1) * config.train.local_steps,
-        total_steps=config.num_rounds * config.train.local_steps,
+        total_steps=config.local_steps_in_all,
         device=site.device,
         optimiser=optimiser,
         own=own,

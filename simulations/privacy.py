@@ -129,7 +129,7 @@ def private_sgd(config: RunConfig, plan: Run, present: int) -> tuple[PatientSgd,
         return PatientSgd(config.privacy, 0.0, few, random_bytes), 0.0
     patients = LARGE if plan.large else present
     rate = min(1.0, config.train.batch_size / patients)
-    sigma = noise_multiplier_for(plan.epsilon, 1 / (2 * patients), rate, config.num_rounds * config.train.local_steps)
+    sigma = noise_multiplier_for(plan.epsilon, 1 / (2 * patients), rate, config.local_steps_in_all)
     if not plan.large:
         return PatientSgd(config.privacy, sigma, rate, random_bytes), sigma
     return PatientSgd(config.privacy, sigma * (few * present) / (rate * patients), few, random_bytes), sigma
@@ -142,7 +142,7 @@ def one_run(config: RunConfig, stores: list[Path], scored: str, plan: Run) -> di
     patients = slices_as_patients(mine)
     private, sigma = private_sgd(config, plan, patients.num_patients)
     model = build_model(config.model, plan.seed)
-    steps = config.num_rounds * config.train.local_steps
+    steps = config.local_steps_in_all
     rng = np.random.default_rng(plan.seed)
     train(model, {plan.task: patients}, config.train, rng=rng, num_steps=steps, private=private)
     arms = []
@@ -209,7 +209,7 @@ def page(runs: list[dict[str, Any]], config: RunConfig) -> str:
         table=table,
         stand_ins=", ".join(f"{task} {run['stand_ins']}" for task, run in first.items()),
         large=LARGE,
-        steps=config.num_rounds * config.train.local_steps,
+        steps=config.local_steps_in_all,
         batch=config.train.batch_size,
         sampled=SAMPLED,
         groups=", ".join(config.privacy.groups),

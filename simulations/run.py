@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import platform
 import time
 from datetime import UTC, datetime
@@ -45,8 +46,12 @@ def command(
     config = load_config(preset, overrides)
     profile = profile or ("smoke" if preset == "smoke" else "demo")
     console = Console()
-    with no_process_left():
-        summary = run(config, overrides, sites or Path("data") / f"hospitals-{profile}", profile, console)
+    try:
+        with no_process_left():
+            summary = run(config, overrides, sites or Path("data") / f"hospitals-{profile}", profile, console)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+        os._exit(130)  # at once: a library's thread that the interrupt left waiting would otherwise be waited for
     console.print(results_table(summary))
     console.print(f"Report: {_folder(config) / 'report.html'}")
     if not summary["passed"]:
@@ -72,7 +77,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
     site_folders = build_hospitals(sites_dir, profile, workers=WORKERS)
     jobs = [Job(path / "site.yaml", config, folder) for path in site_folders]
 
-    steps = len(jobs) * config.num_rounds * config.train.local_steps
+    steps = len(jobs) * config.local_steps_in_all
     seconds = {}
     with _progress(console) as progress:
         started = time.perf_counter()

@@ -276,6 +276,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         validate(self)
 
+    @property
+    def local_steps_in_all(self) -> int:
+        """Local steps of a site over all rounds."""
+        return self.num_rounds * self.train.local_steps
+
     def relations(self) -> Relations:
         for key in ("name", "preset"):
             is_safe = _SAFE_NAME.fullmatch(getattr(self, key)) is not None

@@ -177,7 +177,7 @@ def patient_sgd(config: RunConfig, splits: Mapping[str, PreparedSplit], random_b
     rate = min(1.0, config.train.batch_size / len(patients))
     sigma = privacy.noise_multiplier
     if sigma is None:
-        sigma = noise_multiplier_for(privacy.epsilon, privacy.delta, rate, config.num_rounds * config.train.local_steps)
+        sigma = noise_multiplier_for(privacy.epsilon, privacy.delta, rate, config.local_steps_in_all)
     return PatientSgd(privacy, sigma, rate, random_bytes)
 
 

@@ -195,7 +195,7 @@ def _train_pooled(job: Job, sites: Sequence[Site], tasks: Sequence[str]) -> tupl
     optimiser = make_optimiser(model, settings)
     optimiser.add_param_group({"params": list(weight_net.parameters())})
     rng = np.random.default_rng(config.seed)
-    total = config.num_rounds * config.train.local_steps
+    total = config.local_steps_in_all
     bounds = np.linspace(0, total, CURVE_POINTS + 1).astype(int)
     curve = []
     for first, last in pairwise(bounds):
