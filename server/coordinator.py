@@ -22,7 +22,7 @@ EXAMPLE = """\
 # What `tat coordinator up` needs to know. Everything else about the run is in its preset and overrides.
 listen: 0.0.0.0:8443     # where hospitals connect: open this port, and no other, in the firewall
 superlink_port: 8000     # the SuperLink's, on 127.0.0.1 alone
-preset: null             # smoke, demo or paper; null waits for hospitals and starts no run
+preset: null             # such as full or smoke; null waits for hospitals and starts no run
 overrides: []            # such as [name=first, federation.num_sites=3]
 """
 
