@@ -47,7 +47,7 @@ def packed_bytes(arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def unpack(blob: bytes) -> dict[str, np.ndarray]:
-    """The inverse of `pack`: read-only arrays that lie in the byte string itself.
+    """The inverse of `pack`: read-only arrays that lie in the byte string itself, and those that travelled in half of it.
 
     Raises
     ------
