@@ -1,4 +1,4 @@
-"""Typed configuration of a run: presets in ``tat_core/conf/*.yaml``, overrides as ``key=value``. The sole importer of hydra.
+"""Typed configuration of a run: presets in ``tat_core/conf/*.yaml``, overrides as ``key=value``.
 
 This is what the coordinator's researcher decides. What a hospital decides (paths, tasks it offers, limits) is its ``site.yaml``.
 Every value is checked when a configuration is built, so that nothing starts with a wrong one.
@@ -8,24 +8,16 @@ from __future__ import annotations
 
 import re
 import shlex
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from tat_core.compose import composed
 from tat_core.groups import GROUPS
 from tat_core.settings import (
     Config,
     Relations,
-    describe_type,
-    fault,
     from_plain,
     known_keys,
     setting,
@@ -36,8 +28,6 @@ from tat_core.settings import (
 from tat_core.tasks import TASKS
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# hydra keeps its initialisation in a process-wide singleton.
-_HYDRA_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -316,10 +306,7 @@ def load_config(preset: str, overrides: Sequence[str] | str = ()) -> RunConfig:
     items = _split_overrides(overrides)
     for item in items:
         _check_override(item, preset)
-    with _HYDRA_LOCK, initialize_config_module("tat_core.conf", version_base="1.3"):
-        ConfigStore.instance().store(name="base", node=_schema())
-        composed = _compose(preset, items)
-    return replace(config_from_dict(composed), preset=preset)
+    return replace(config_from_dict(composed(RunConfig, preset, items)), preset=preset)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -376,32 +363,3 @@ def _check_override(item: str, preset: str) -> None:
         raise unknown_key(key, known)
     if key == "preset" and value != preset:
         raise ValueError(f"config: expected preset {preset!r} to stand, got {item!r}; name the preset once")
-
-
-def _schema() -> DictConfig:
-    """The defaults with their types. Frozen dataclasses come out read-only, which would keep presets and overrides out."""
-    schema = OmegaConf.structured(RunConfig)
-    for node in (schema, *(schema[entry.name] for entry in fields(RunConfig) if OmegaConf.is_config(schema[entry.name]))):
-        OmegaConf.set_readonly(node, None)
-    return schema
-
-
-def _compose(preset: str, items: list[str]) -> dict[str, Any]:
-    try:
-        composed = OmegaConf.to_container(compose(preset, overrides=items), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _composition_fault(preset, items, error) from None
-    assert isinstance(composed, dict)
-    return {str(key): value for key, value in composed.items()}
-
-
-def _composition_fault(preset: str, items: list[str], error: BaseException) -> ValueError:
-    """Say in our words which override hydra could not take; each is tried alone, since hydra does not always name it."""
-    for item in items:
-        try:
-            compose(preset, overrides=[item])
-        except (HydraException, OmegaConfBaseException):
-            key, _, value = item.partition("=")
-            return fault(key, describe_type(known_keys(RunConfig)[key][0]), value)
-    reason = str(error.__cause__ or error).splitlines()[0]
-    return ValueError(f"config: expected {preset}.yaml to hold known keys and right types, got: {reason}; mend the file")

@@ -40,8 +40,8 @@ TOP_LEVEL = {
 }
 # A library that only these files know, so that it can be replaced, and so that what it may do is read in one place.
 SOLE_IMPORTERS = {
-    "hydra": {"tat_core/config.py"},
-    "omegaconf": {"tat_core/config.py"},
+    "hydra": {"tat_core/compose.py"},
+    "omegaconf": {"tat_core/compose.py"},
     "opacus": {"tat_core/privacy.py"},
     "nibabel": {"tat_core/data/volume.py"},
     # the DICOM half of volume.py, in files of its own
