@@ -33,17 +33,16 @@ def pack(arrays: Mapping[str, np.ndarray]) -> bytes:
     """A byte string: the length of a list of names, types and shapes; the list as JSON; the values."""
     entries, values = [], []
     for key, value in arrays.items():
-        contiguous = np.ascontiguousarray(value)
-        half = _is_half(contiguous)
+        half = _is_half(value)
         entries.append([key, _HALF if half else value.dtype.str, value.shape])
-        values.append((_upper_half(contiguous) if half else contiguous).data)
+        values.append((_upper_half(value) if half else np.ascontiguousarray(value)).data)
     header = json.dumps(entries).encode()
     return b"".join([len(header).to_bytes(_LENGTH_BYTES, "little"), header, *values])
 
 
 def packed_bytes(arrays: Mapping[str, np.ndarray]) -> int:
     """How many bytes the values of arrays take when they travel."""
-    return sum(value.nbytes // 2 if _is_half(np.ascontiguousarray(value)) else value.nbytes for value in arrays.values())
+    return sum(value.nbytes // 2 if _is_half(value) else value.nbytes for value in arrays.values())
 
 
 def unpack(blob: bytes) -> dict[str, np.ndarray]:
@@ -76,15 +75,15 @@ def _unpack(blob: bytes) -> dict[str, np.ndarray]:
 
 
 def _is_half(value: np.ndarray) -> bool:
-    """Whether a contiguous array is of float32 numbers that bfloat16 can hold."""
+    """Whether an array is of float32 numbers that bfloat16 can hold."""
     if value.dtype != np.dtype("<f4"):
         return False
-    halves = value.reshape(-1).view("<u2")[::2]
+    halves = value.ravel().view("<u2")[::2]
     return not halves[:_FEW].any() and not halves.any()
 
 
 def _upper_half(value: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(value.reshape(-1).view("<u2")[1::2])
+    return np.ascontiguousarray(value.ravel().view("<u2")[1::2])
 
 
 def _from_upper_half(halves: np.ndarray) -> np.ndarray:

@@ -99,15 +99,15 @@ def main() -> int:
     parser.add_argument("--full-rounds", type=int, default=4)
     parser.add_argument("--skip-full", action="store_true")
     options = parser.parse_args()
-    plans = {"smoke": ("smoke", [f"num_rounds={options.rounds}"])}
+    plans = {"smoke": [f"num_rounds={options.rounds}"]}
     if not options.skip_full:
-        plans["full"] = ("full", [f"num_rounds={options.full_rounds}", *FULL])
+        plans["full"] = [f"num_rounds={options.full_rounds}", *FULL]
     costs: dict[tuple[str, str], Cost] = {}
     with tempfile.TemporaryDirectory(prefix="bench-deployment-") as place:
         hospitals = [build_hospitals(Path(place) / "hospitals", "smoke")[number] for number in CHOSEN]
-        for model, (preset, overrides) in plans.items():
+        for model, overrides in plans.items():
             for node in NODES:
-                costs[model, node] = measure(hospitals, preset, overrides, node, Path(place) / f"{model}-{node}")
+                costs[model, node] = measure(hospitals, model, overrides, node, Path(place) / f"{model}-{node}")
                 print(f"{model}, {node}: {costs[model, node]}, load {os.getloadavg()[0]:.1f}", flush=True)
     table = Table("model", "node", "overhead of a round", "limit", "round", "SuperLink", "ServerApp")
     for (model, node), cost in costs.items():
