@@ -56,11 +56,11 @@ def score(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"site": site.name, "scanner": site.scanner, "synthetic": site.synthetic, "tasks": {}}
     for task in (t for t in config.tasks if t in site.data):
         models: dict[str, torch.nn.Module] = {
-            "alone": read_model(job.alone_file(site)).network().to(site.device),
-            "together": read_model(job.run_folder / "model.safetensors").network(task).to(site.device),
+            "alone": read_model(job.alone_file(site)).network(),
+            "together": read_model(job.run_folder / "model.safetensors").network(task),
         }
         if config.federation.fine_tune_steps:
-            models["fine_tuned"] = read_model(kept_model(site, config)).network(task).to(site.device)
+            models["fine_tuned"] = read_model(kept_model(site, config)).network(task)
         split = open_split(prepare(site.data[task]), "test")
         scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}
         result["tasks"][task] = {"input": scores["alone"]["input"], **{name: scores[name]["restored"] for name in models}}

@@ -53,7 +53,8 @@ def restore_image(
     Parameters
     ----------
     model : torch.nn.Module
-        Maps (1, 1, H, W) float32 in [0, 1] to the same shape; must already be on ``device``. Its training mode is left as it was.
+        Maps (1, 1, H, W) float32 in [0, 1] to the same shape; moved to ``device`` and left there. Its training mode is left as it
+        was.
     lq : numpy.ndarray, shape (H, W)
         Physical values in ``task.unit``; what lies outside ``task.intensity_range`` is clipped.
     task : Task
@@ -154,7 +155,7 @@ def spread(length: int, at_most: int | None) -> list[int]:
 @contextmanager
 def _inference(model: nn.Module, device: torch.device) -> Iterator[None]:
     was_training = model.training
-    model.eval()
+    model.to(device).eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield

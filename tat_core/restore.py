@@ -154,7 +154,7 @@ def _restore_one(item: _Input, model: SavedModel, output: Path, options: Restore
     series = read_dicom_files(item.paths, task_name)
     task = TASKS[task_name]
     volume = Volume(series.voxels, series.affine, task.unit)
-    restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
+    restored = restore_volume(model.network(task.name), volume, task, options)
     stacks = {"restored": restored.voxels}
     if options.residual:
         stacks["residual"] = restored.voxels - volume.voxels
@@ -182,7 +182,7 @@ def _restore_nifti(item: _Input, model: SavedModel, output: Path, options: Resto
     if any(target.exists() for target in targets.values()):
         raise ValueError("restore: expected a new output, got one that exists; nothing was overwritten")
     volume = read_volume(item.source, task)
-    restored = restore_volume(model.network(task.name).to(options.device), volume, task, options)
+    restored = restore_volume(model.network(task.name), volume, task, options)
     write_nifti(restored, targets["restored"], volume.stored_dtype)
     if options.residual:
         residual = Volume(restored.voxels - volume.voxels, volume.affine, volume.unit)

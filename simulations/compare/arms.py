@@ -19,7 +19,7 @@ from client.alone import kept_model, train_alone
 from client.site import Site, load_site
 from server.strategy import run
 from simulations.inprocess import LocalSites
-from tat_core.checkpoint import SavedModel, read_model, replacing
+from tat_core.checkpoint import read_model, replacing
 from tat_core.config import RunConfig, config_to_dict, load_config
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
 from tat_core.evaluate import score_slices
@@ -227,11 +227,7 @@ def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
         shutil.rmtree(site.state_dir / "runs" / state.run, ignore_errors=True)
         if config.federation.fine_tune_steps:
             files[site.name] = Path(shutil.move(kept_model(site, config), folder / f"{site.name}.safetensors"))
-    return {origin: _released(read_model(file), job.device) for origin, file in files.items()}, curve
-
-
-def _released(saved: SavedModel, device: str) -> Callable[[str], TAT]:
-    return lambda task: saved.network(task).to(device)
+    return {origin: read_model(file).network for origin, file in files.items()}, curve
 
 
 def _always(model: TAT) -> Callable[[str], TAT]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -141,3 +143,22 @@ def test_slices_that_cannot_be_scored_are_left_out_of_both_arms() -> None:
     broken = (np.full((16, 16), np.nan, np.float32), good[1])
     arms = evaluate_split(nn.Identity(), FakeSplit(CT, [good, air, broken]), EvaluateConfig())
     assert arms["input"].count == arms["restored"].count == 1
+
+
+class Elsewhere(nn.Conv2d):
+    """Ends what runs it once it has seen that the image is where its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 3)
+
+    def forward(self, lq: torch.Tensor) -> torch.Tensor:
+        assert lq.device == self.weight.device == torch.device("meta")
+        raise InterruptedError
+
+
+def test_a_network_goes_where_the_site_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site loads the model that arrives into main memory; on a GPU site it must not be left there."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    split = FakeSplit(CT, [(image((24, 24)), image((24, 24), seed=1))])
+    with pytest.raises(InterruptedError):
+        evaluate_split(Elsewhere(), split, EvaluateConfig(), device="meta")
