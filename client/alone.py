@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +27,13 @@ from client.work import (
 )
 from tat_core.checkpoint import read_model, replacing, save_model
 from tat_core.config import RunConfig, config_to_dict
+from tat_core.data.prepared import open_split, prepare
+from tat_core.evaluate import evaluate_split
 from tat_core.model.tat import TAT, build_model
 from tat_core.packet import Packet
 from tat_core.train import make_optimiser, train
+
+log = logging.getLogger("fed_tat.site")
 
 # What a run is called, where it is written and whether it goes on does not change what a hospital alone would learn.
 _IRRELEVANT = ("name", "output_dir", "resume", "federation")
@@ -118,16 +123,43 @@ def kept_model(site: Site, config: RunConfig) -> Path:
 
 
 def fine_tune_round(site: Site, config: RunConfig, instruction: Packet) -> Packet:
-    """Fit the released model to the hospital's own images, keep the result under ``models/``, and score it; it never leaves."""
+    """Keep the better of the released model and what fitting makes of it under ``models/``, and score it; it never leaves.
+
+    Better is what gains more on all the hospital's validation patients. Without any the released model is kept as it is:
+    nothing could tell whether fitting it to few images has made it worse on others.
+    """
     released = verified(instruction)
     agreed_splits(site, config)
     run, base = str(instruction.config["run"]), str(instruction.config["base"])
     path = kept_model(site, config)
     if not path.is_file() or read_model(path).metadata["extra"].get("fine_tuned_from") != base:
         start = released | kept_at_site(site, config, run, int(instruction.config["round"]))
-        arrays = fine_tune(site, config, start, run)
+        arrays, steps = _better(site, config, start, run)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"run": config.name, "fine_tuned_from": base, "steps": config.federation.fine_tune_steps}
-        save_model(path, arrays, config.model, facts)
+        save_model(path, arrays, config.model, {"run": config.name, "fine_tuned_from": base, "steps": steps})
     kept = read_model(path)
     return Packet({}, score_validation(site, config, lambda task: kept.network(task)), answer_to(instruction, site))
+
+
+def _better(site: Site, config: RunConfig, start: dict[str, np.ndarray], run: str) -> tuple[dict[str, np.ndarray], int]:
+    """The released model with 0, or the fitted one with the steps that made it."""
+    gain_db = _validation_gain_db(site, config, start)
+    if gain_db is None:
+        log.info("fine-tuning: no validation patients, so the released model is kept as it is")
+        return start, 0
+    fitted = fine_tune(site, config, start, run)
+    fitted_gain_db = _validation_gain_db(site, config, fitted)
+    assert fitted_gain_db is not None, "the same slices"
+    log.info("fine-tuning: %+.3f dB on the validation patients; the released model %+.3f dB", fitted_gain_db, gain_db)
+    return (fitted, config.federation.fine_tune_steps) if fitted_gain_db > gain_db else (start, 0)
+
+
+def _validation_gain_db(site: Site, config: RunConfig, arrays: dict[str, np.ndarray]) -> float | None:
+    """PSNR over the input on all validation slices, mean over the tasks that have any; None if no task has."""
+    gains = []
+    for task in agreed_splits(site, config):
+        split = open_split(prepare(site.data[task]), "validation")
+        scores = evaluate_split(network_of(config, arrays, task).prepare_to_restore(), split, config.evaluate, site.device)
+        if scores["input"].count:
+            gains.append(scores["restored"].mean()["psnr"] - scores["input"].mean()["psnr"])
+    return float(np.mean(gains)) if gains else None

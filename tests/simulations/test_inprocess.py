@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from client import audit, work
-from client.alone import train_alone
+from client import alone, audit, work
+from client.alone import fine_tune_round, kept_model, train_alone
 from client.site import load_site
-from client.work import describe, handle, patient_bucket, train_round
+from client.work import describe, evaluate_round, handle, patient_bucket, train_round
 from server.harm import COMPARISON
 from server.strategy import run
 from simulations.inprocess import LocalSites
@@ -176,6 +176,33 @@ def test_a_site_keeps_the_released_model_fitted_to_its_own_images(
         gain = scores["restored"].mean()["psnr"] - scores["input"].mean()["psnr"]
         assert gains[site.name][f"{name}_gain_db"] == pytest.approx(gain, abs=0.011)  # PSNRs leave with four digits
     assert gains[site.name]["fine_tuned_gain_db"] > gains[site.name]["together_gain_db"]
+    assert kept.metadata["extra"]["steps"] == 20
+
+
+@pytest.mark.parametrize(("hospital", "trains"), [("ct-abdomen", True), ("mri-t1", False)], ids=["it is worse", "nothing tells"])
+def test_the_released_model_is_kept_where_fitting_is_not_seen_to_help(
+    smoke_hospitals: list[Path], config: RunConfig, monkeypatch: pytest.MonkeyPatch, hospital: str, trains: bool
+) -> None:
+    """`mri-t1` has no validation patients."""
+    site = load_site(next(path for path in smoke_hospitals if path.name == hospital) / "site.yaml")
+    config = replace(config, name="not-better", federation=replace(config.federation, fine_tune_steps=2))
+    trained: list[bool] = []
+
+    def harm(model: torch.nn.Module, *_: object, **__: object) -> None:
+        trained.append(True)
+        for parameter in model.parameters():
+            parameter.data += 0.1
+
+    monkeypatch.setattr(alone, "train", harm)
+    model = arrays_of(build_model(config.model, 0))
+    words = {**ABOUT, "round": 4, "base": model_hash(model)}
+    reply = handle(fine_tune_round, site, config, Packet(model, {}, words))
+    assert reply.error is None
+    assert bool(trained) == trains
+    kept = read_model(kept_model(site, config))
+    assert kept.sha256 == model_hash(model)
+    assert kept.metadata["extra"] == {"run": "not-better", "fine_tuned_from": model_hash(model), "steps": 0}
+    assert reply.metrics == handle(evaluate_round, site, config, Packet(model, {}, words)).metrics
 
 
 def test_the_record_says_who_is_better_off_alone(smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path) -> None:
