@@ -31,7 +31,7 @@ from tat_core.data.prepared import open_split, prepare
 from tat_core.evaluate import evaluate_split
 from tat_core.model.tat import TAT, build_model
 from tat_core.packet import Packet
-from tat_core.train import make_optimiser, train
+from tat_core.train import DivergedError, make_optimiser, train
 
 log = logging.getLogger("fed_tat.site")
 
@@ -147,7 +147,11 @@ def _better(site: Site, config: RunConfig, start: dict[str, np.ndarray], run: st
     if gain_db is None:
         log.info("fine-tuning: no validation patients, so the released model is kept as it is")
         return start, 0
-    fitted = fine_tune(site, config, start, run)
+    try:
+        fitted = fine_tune(site, config, start, run)
+    except DivergedError as error:
+        log.warning("fine-tuning: %s; the released model is kept", error)
+        return start, 0
     fitted_gain_db = _validation_gain_db(site, config, fitted)
     assert fitted_gain_db is not None, "the same slices"
     log.info("fine-tuning: %+.3f dB on the validation patients; the released model %+.3f dB", fitted_gain_db, gain_db)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import wait
 from ctypes import c_int64
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from client.alone import kept_model, train_alone
 from client.site import Site, load_site
+from simulations.processes import pool_of
 from tat_core.checkpoint import arrays_of, read_model, save_model
 from tat_core.config import RunConfig
 from tat_core.data.prepared import PreparedSplit, open_split, prepare
@@ -72,21 +73,12 @@ def in_parallel(
     work: Callable[[Job], Any], jobs: Sequence[Job], workers: int, on_poll: Callable[[int], None] = lambda _: None
 ) -> list[Any]:
     """Do the jobs in processes of their own, in order of their results; `on_poll` gets the training steps done so far by all."""
-    context = mp.get_context("spawn")
-    steps = context.Value(c_int64, 0)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_share, initargs=(steps,))
-    pending = [pool.submit(work, job) for job in jobs]
-    try:
+    steps = mp.get_context("spawn").Value(c_int64, 0)
+    with pool_of(workers, initializer=_share, initargs=(steps,)) as pool:
+        pending = [pool.submit(work, job) for job in jobs]
         while wait(pending, timeout=0.5).not_done:
             on_poll(steps.value)
         return [future.result() for future in pending]
-    except BaseException:
-        # Without this, leaving would wait for jobs that nobody wants any more.
-        for process in mp.active_children():
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _share(steps: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing as mp
 import os
 import signal
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from types import FrameType
+from typing import Any
 
 from tat_core.processes import end_marked
 
@@ -43,6 +46,23 @@ def no_process_left() -> Iterator[None]:
         os.environ.pop(MARK)
         if before is not None:
             os.environ[MARK] = before
+
+
+@contextlib.contextmanager
+def pool_of(workers: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes, started afresh, that are killed when the block ends by an error or interrupt.
+
+    Without this, leaving would wait for jobs that nobody wants any more.
+    """
+    pool = ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn"), **options)
+    try:
+        yield pool
+    except BaseException:
+        for process in mp.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

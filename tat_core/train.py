@@ -34,6 +34,10 @@ class TrainResult:
     seconds: float
 
 
+class DivergedError(ValueError):
+    """The loss became infinite or NaN: the weights are of no use."""
+
+
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """Learning rate of a step counted over the whole run: constant, or cosine from ``lr`` to ``lr_min``."""
     if config.schedule == "constant":
@@ -99,7 +103,7 @@ def train(
 
     Raises
     ------
-    ValueError
+    DivergedError
         The loss became infinite or NaN; the model must not be used.
     """
     total = total_steps if total_steps is not None else first_step + num_steps
@@ -122,7 +126,7 @@ def train(
         else:
             seen = _set_gradients(model, drawn, config, rng, device, task_weight or {}, weight_net)
             if not all(math.isfinite(s.loss_sum) for s in seen.values()):
-                raise ValueError(
+                raise DivergedError(
                     f"train: expected a finite loss, got another at step {first_step + done}; lower train.lr or check the data"
                 )
             stats = add_stats(stats, seen)

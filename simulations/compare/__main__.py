@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.progress import Progress
 from simulations.compare.arms import ARMS, Job, do, is_variation
 from simulations.compare.report import choose_table, judge, write_report
 from simulations.hospitals import build_hospitals
-from simulations.processes import no_process_left
+from simulations.processes import no_process_left, pool_of
 
 SMALLER = ("train.patch_size=48", "train.batch_size=2")  # than the preset's: the comparison takes hours as it is
 
@@ -76,7 +75,7 @@ def _options() -> argparse.Namespace:
 
 def _all(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
     """Results of all jobs, in their order; those on disk at once."""
-    with ProcessPoolExecutor(workers, mp_context=mp.get_context("spawn")) as pool, Progress() as progress:
+    with pool_of(workers) as pool, Progress() as progress:
         bar = progress.add_task("arms", total=len(jobs))
         futures = {pool.submit(do, job): job for job in jobs}
         for future in as_completed(futures):
@@ -87,4 +86,7 @@ def _all(jobs: list[Job], workers: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("compare: interrupted; the same command goes on with the arms that are left")

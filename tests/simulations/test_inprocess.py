@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from tat_core.groups import group_of
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
 from tat_core.sharing import for_tasks, give_own
+from tat_core.train import TrainResult, train
 
 ABOUT = {"run": "0" * 32, "nonce": "0"}
 
@@ -179,19 +182,24 @@ def test_a_site_keeps_the_released_model_fitted_to_its_own_images(
     assert kept.metadata["extra"]["steps"] == 20
 
 
-@pytest.mark.parametrize(("hospital", "trains"), [("ct-abdomen", True), ("mri-t1", False)], ids=["it is worse", "nothing tells"])
+@pytest.mark.parametrize(
+    ("hospital", "added", "trains"),
+    [("ct-abdomen", 0.1, True), ("ct-abdomen", math.nan, True), ("mri-t1", 0.1, False)],
+    ids=["it is worse", "it diverges", "nothing tells"],
+)
 def test_the_released_model_is_kept_where_fitting_is_not_seen_to_help(
-    smoke_hospitals: list[Path], config: RunConfig, monkeypatch: pytest.MonkeyPatch, hospital: str, trains: bool
+    smoke_hospitals: list[Path], config: RunConfig, monkeypatch: pytest.MonkeyPatch, hospital: str, added: float, trains: bool
 ) -> None:
     """`mri-t1` has no validation patients."""
     site = load_site(next(path for path in smoke_hospitals if path.name == hospital) / "site.yaml")
-    config = replace(config, name="not-better", federation=replace(config.federation, fine_tune_steps=2))
+    config = replace(config, name=f"not-better-{added}", federation=replace(config.federation, fine_tune_steps=2))
     trained: list[bool] = []
 
-    def harm(model: torch.nn.Module, *_: object, **__: object) -> None:
+    def harm(model: torch.nn.Module, *arguments: Any, **options: Any) -> TrainResult:
         trained.append(True)
         for parameter in model.parameters():
-            parameter.data += 0.1
+            parameter.data += added
+        return train(model, *arguments, **options | {"num_steps": 1})
 
     monkeypatch.setattr(alone, "train", harm)
     model = arrays_of(build_model(config.model, 0))
@@ -201,7 +209,7 @@ def test_the_released_model_is_kept_where_fitting_is_not_seen_to_help(
     assert bool(trained) == trains
     kept = read_model(kept_model(site, config))
     assert kept.sha256 == model_hash(model)
-    assert kept.metadata["extra"] == {"run": "not-better", "fine_tuned_from": model_hash(model), "steps": 0}
+    assert kept.metadata["extra"] == {"run": config.name, "fine_tuned_from": model_hash(model), "steps": 0}
     assert reply.metrics == handle(evaluate_round, site, config, Packet(model, {}, words)).metrics
 
 
