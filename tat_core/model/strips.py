@@ -31,21 +31,18 @@ def attend(x: Tensor, norm: nn.Module, part: Part, window: int, heads: int, temp
     """Features (H, W, B, C) and the attention of them, normalised; the part is that of q, k and v together."""
     height, width, _, channels = x.shape
     rows, cols = cells(height, window, _strip_height(x, [part])), cells(width, window)
-    values = x.new_empty(x.shape, dtype=_precision(x))
-    products = []
-    for piece, (qkv,) in zip(rows.cuts, _widened(x, norm, [part], rows.cuts), strict=True):
-        values[piece] = qkv[..., 2 * channels :]
+    products, values = [], []
+    for (qkv,) in _widened(x, norm, [part], rows.cuts):
         for col in cols.cuts:
-            cell = qkv[:, col, :, : 2 * channels].flatten(0, 1)
-            products.append(gram_and_squares(cell, heads))
+            products.append(gram_and_squares(qkv[:, col, :, : 2 * channels].flatten(0, 1), heads))
+            values.append(qkv[:, col, :, 2 * channels :].flatten(0, 1).contiguous())
     grams, squares = zip(*products, strict=True)
     cover = torch.kron(rows.cover, cols.cover)
     maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
     out = torch.empty_like(x)
     places = ((row, col) for row in rows.cuts for col in cols.cuts)
-    for place, cell_maps in zip(places, mean_over_windows(maps, cover), strict=True):
-        weighed = weigh(values[place].flatten(0, 1), cell_maps)
-        torch.add(x[place], weighed.view(x[place].shape), out=out[place])
+    for place, v, cell_maps in zip(places, values, mean_over_windows(maps, cover), strict=True):
+        torch.add(x[place], weigh(v, cell_maps).view(x[place].shape), out=out[place])
     return out
 
 
