@@ -137,7 +137,9 @@ class Job:
     @property
     def result_file(self) -> Path:
         """Where the result is kept; a changed configuration or data set gives another name."""
-        settings = {k: v for k, v in config_to_dict(self.config).items() if k not in ("output_dir", "name")}
+        federated = ARMS[self.arm].how == "federated"
+        without_effect = {"output_dir", "name"} if federated else {"output_dir", "name", "federation", "balance"}
+        settings = {key: value for key, value in config_to_dict(self.config).items() if key not in without_effect}
         made = [(folder / "built.json").read_text() for folder in self.hospitals if (folder / "built.json").is_file()]
         digest = hashlib.sha256(json.dumps([settings, made, ARMS[self.arm].how], sort_keys=True).encode()).hexdigest()
         return self.folder / f"{self.arm}-{self.seed}-{digest[:10]}.json"

@@ -102,6 +102,8 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     monkeypatch.setattr("simulations.compare.arms._TRAIN", {})
     assert do(job) == json.loads(json.dumps(result))
     assert replace(job, seed=2).result_file != job.result_file
+    shared = replace(job, overrides=(*overrides, "federation.server_lr=1.25"))
+    assert (shared.result_file != job.result_file) == (arm == "ours")
 
 
 def test_arms_differ_and_take_the_same_number_of_steps(tmp_path: Path) -> None:
