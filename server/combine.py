@@ -77,6 +77,11 @@ class Gram:
             for j, b in enumerate(self.tasks[i:], i):
                 self.products[i, j] = self.products[j, i] = self.products[i, j] + _inner(means[a], means[b])
 
+    def add_own(self, task: str, update: np.ndarray) -> None:
+        """Count in a parameter that a task has of its own."""
+        place = self.tasks.index(task)
+        self.products[place, place] += _inner(update, update)
+
     def __add__(self, other: Gram) -> Gram:
         total = Gram(self.tasks)
         total.products = self.products + other.products

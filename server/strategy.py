@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -132,7 +133,7 @@ def run_round(
     stats = total_stats(collected.replies)
     balance_state, task_weight = balance(state.balance, stats, config.balance)
     aggregation_weight = step_shares(balance_state, task_weight, stats, config.balance)
-    model, moments, grams = step(state, collected.replies, aggregation_weight, config.federation)
+    model, moments, grams, own = step(state, collected.replies, aggregation_weight, config.federation)
     shared = sum(grams.values(), Gram(aggregation_weight))
     average = move_average(state.released, model, config.train, number) if config.train.ema_decay else {}
     state = replace(
@@ -161,9 +162,9 @@ def run_round(
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - started, 3),
         "model_sha256": model_hash(state.model),
-        "update_norm": shared.length(aggregation_weight),
-        "task_update_norms": shared.norms(),
-        "cosines": shared.cosines(),
+        "update_norm": math.hypot(shared.length(aggregation_weight), *own.norms().values()),
+        "task_update_norms": (shared + own).norms(),
+        "cosines": shared.cosines() if grams else {},
         "group_cosines": {group: gram.cosines() for group, gram in grams.items()},
         "sites": collected.sites,
         "frozen_tasks": sorted(set(config.tasks) - set(stats)),
@@ -205,11 +206,11 @@ def release(folder: Path, config: RunConfig, state: ServerState) -> None:
 
 def step(
     state: ServerState, replies: Mapping[str, Spooled], shares: Mapping[str, float], federation: FederationConfig
-) -> tuple[dict[str, np.ndarray], dict[str, Moments], dict[str, Gram]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Moments], dict[str, Gram], Gram]:
     """The new model: a pure function of the old state and the round's folder, parameter by parameter.
 
     What is a task's own follows its sites alone, and stays as it is when none of them reported. Also returns the inner products
-    of the tasks' updates of each group of shared parameters.
+    of the tasks' updates of each group of shared parameters, and those of what is the tasks' own with themselves.
     """
     turns = federation.combination == "conflict_averse"
     shared = [key for key in state.model if owner_of(key)[0] is None]
@@ -218,6 +219,7 @@ def step(
         for key, means in task_means(replies, shared):
             grams[group_of(key)].add(means)
     coefficients = {group: _coefficients(gram, shares, federation) for group, gram in grams.items()}
+    own = Gram(shares)
     model, moments = dict(state.model), dict(state.moments)
     for key, means in task_means(replies, list(state.model)):
         owner = owner_of(key)[0]
@@ -228,11 +230,12 @@ def step(
                 grams[group].add(means)
         elif owner in means:
             update = means[owner]
+            own.add_own(owner, update)
         else:
             continue
         before = moments.get(key, Moments())
         model[key], moments[key] = advance(federation.server_optimiser, model[key], update, before, federation.server_lr)
-    return model, moments, grams
+    return model, moments, grams, own
 
 
 def _coefficients(gram: Gram, shares: Mapping[str, float], federation: FederationConfig) -> Mapping[str, float]:

@@ -185,8 +185,8 @@ class FederationConfig:
     )
     fine_tune_steps: int = setting(
         0,
-        "After the last round every site fits the released model to its own images, with so many steps, and keeps the better of "
-        "the two by its validation patients.",
+        "After the last round every site fits the released model to its own images, with so many steps, and keeps the result if "
+        "it gains 0.1 dB more on its validation patients.",
         at_least=0,
     )
     evaluate_every: int = setting(1, "Rounds from one evaluation on the sites' validation images to the next.", at_least=1)

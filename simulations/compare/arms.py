@@ -36,6 +36,7 @@ STOCK_TUNED = (
 )
 STOCK = (*STOCK_TUNED, "federation.fine_tune_steps=0")
 WITHIN = (EVERY_GROUP, "federation.server_lr=1", "train.keep_optimiser=false", "federation.fine_tune_steps=0")
+SHARED = ("federation.task_groups=[adapter]", "federation.server_lr=2")
 CROSS_SLICES = 2  # of each site's test slices, for models that were trained elsewhere
 CURVE_POINTS = 10
 
@@ -69,18 +70,19 @@ ARMS = {
     "ours": Arm("F: ours", "federated"),
     "without-fine-tuning": Arm("ours, the released model as it is", "federated", ("federation.fine_tune_steps=0",)),
     "without-kept-optimiser": Arm("ours, optimiser's state dropped each round", "federated", ("train.keep_optimiser=false",)),
-    "without-task-code": Arm("ours, hypernetwork without a task's own code", "federated", ("model.task_code=false",)),
     "without-awake": Arm(
         "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
     ),
-    "without-adapters": Arm("ours, nothing a task's own", "federated", ("federation.task_groups=[]",)),
-    "without-sharing": Arm(
-        "ours, nothing shared by the tasks, server's step 1.5", "federated", (EVERY_GROUP, "federation.server_lr=1.5")
-    ),
-    "without-server-lr": Arm("ours, server's step not lengthened", "federated", ("federation.server_lr=1",)),
-    "with-balancer": Arm("ours, shares by the closed-form balancer", "federated", ("balance.kind=closed_form",)),
+    "with-longer-step": Arm("ours, server's step 1.5", "federated", ("federation.server_lr=1.5",)),
     "with-half-updates": Arm("ours, updates in 16 bits", "federated", ("federation.update_precision=bf16",)),
-    "with-turning": Arm("ours, conflict-averse", "federated", ("federation.combination=conflict_averse",)),
+    "with-sharing": Arm("ours, all but adapters shared by the tasks", "federated", SHARED),
+    "with-all-shared": Arm("ours, everything shared by the tasks", "federated", (*SHARED, "federation.task_groups=[]")),
+    "with-sharing-and-balancer": Arm(
+        "ours, shared, shares by the closed-form balancer", "federated", (*SHARED, "balance.kind=closed_form")
+    ),
+    "with-sharing-and-turning": Arm(
+        "ours, shared, conflict-averse", "federated", (*SHARED, "federation.combination=conflict_averse")
+    ),
 }
 
 

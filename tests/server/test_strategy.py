@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from server.sites import SiteInfo
 from server.strategy import begin, run
 from tat_core.checkpoint import model_hash, read_model
 from tat_core.config import BalanceConfig, RunConfig
-from tat_core.groups import group_of
+from tat_core.groups import GROUPS, group_of
 from tat_core.packet import Packet
 from tat_core.sharing import owner_of
 
@@ -81,6 +82,23 @@ def test_a_conflict_averse_step_is_as_long_and_serves_the_worst_task_better(conf
     assert np.linalg.norm(steps["averse"]) == pytest.approx(np.linalg.norm(steps["mean"]), rel=1e-3)
     assert min(task @ steps["averse"] for task in tasks) > min(task @ steps["mean"] for task in tasks)
     assert set(_records(tmp_path / "averse")[0]["group_cosines"]) == {"backbone", "hypernetwork"}
+
+
+@pytest.mark.parametrize("task_groups", [(), ("adapter",), GROUPS], ids=["nothing", "adapters", "everything"])
+def test_the_record_tells_how_far_the_model_moved_whatever_is_a_tasks_own(
+    config: RunConfig, tmp_path: Path, task_groups: tuple[str, ...]
+) -> None:
+    federation = replace(config.federation, task_groups=task_groups)
+    config = replace(config, num_rounds=1, balance=BalanceConfig(kind="equal"), federation=federation)
+    before = begin(config, tmp_path / "reference").model
+    after = run(config, RuleSites(), tmp_path / "run").model
+    (record,) = _records(tmp_path / "run")
+    moved = {key: np.linalg.norm((after[key] - before[key]).astype(np.float64)) for key in before}
+    assert record["update_norm"] == pytest.approx(math.hypot(*moved.values()), rel=1e-4)
+    assert set(record["cosines"]) == (set() if task_groups == GROUPS else {"CT-MRI", "CT-PET", "MRI-PET"})
+    if task_groups == GROUPS:
+        own = [length for key, length in moved.items() if owner_of(key)[0] == "PET"]
+        assert record["task_update_norms"]["PET"] == pytest.approx(math.hypot(*own), rel=1e-4)
 
 
 def test_a_task_that_nobody_reported_keeps_its_own_parameters(config: RunConfig, tmp_path: Path) -> None:
