@@ -123,8 +123,8 @@ def write_report(folder: Path, results: Results, verdict: Verdict, facts: Mappin
         "# Is training together better than alone?",
         f"`python -m simulations.compare --steps {facts['steps']}`: so many optimiser steps a hospital, {facts['local_steps']} a "
         f"round, seeds {', '.join(map(str, seeds))}; equal steps and equal samples in every arm. Differences are paired by slice "
-        "and seed, in brackets the 95 % bootstrap interval over slices and seeds. The script writes this page; what it means is in "
-        "[compare-notes.md](compare-notes.md).",
+        "and seed, in brackets the 95 % bootstrap interval over slices and seeds. The script writes this page; what it means is "
+        "in [compare-notes.md](compare-notes.md).",
         f"PSNR in {windows}; data range {DATA_RANGE}.",
         "![gain by hospital](compare-gains.svg)\n\n![loss over the steps](compare-curves.svg)",
         "## Claims\n\n" + _claims(verdict),
