@@ -26,7 +26,7 @@ from simulations.hospitals import build_hospitals
 from simulations.processes import no_process_left, pool_of
 
 SMALLER = ("train.patch_size=48", "train.batch_size=2")  # than the preset's: the comparison takes hours as it is
-FITTING = 0.1  # of the steps, where an arm fits the released model at each hospital
+FITTING = 1 / 3  # of the steps, where an arm fits the released model at each hospital
 
 
 def main() -> int:
