@@ -220,9 +220,8 @@ def _train_pooled(job: Job, sites: Sequence[Site], tasks: Sequence[str]) -> tupl
 
 
 def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
-    config = replace(job.config, name=job.result_file.stem)
+    config = replace(job.config, name=job.result_file.stem, resume=True)
     folder = job.folder / "runs" / config.name
-    shutil.rmtree(folder, ignore_errors=True)
     state = run(config, LocalSites(job.hospitals, config, job.device), folder)
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     curve = [{task: facts["loss"] / facts["input_loss"] for task, facts in line["tasks"].items()} for line in lines]
@@ -230,7 +229,9 @@ def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
     for site in sites:
         shutil.rmtree(site.state_dir / "runs" / state.run, ignore_errors=True)
         if config.federation.fine_tune_steps:
-            files[site.name] = Path(shutil.move(kept_model(site, config), folder / f"{site.name}.safetensors"))
+            files[site.name] = folder / f"{site.name}.safetensors"
+            if not files[site.name].is_file():
+                shutil.move(kept_model(site, config), files[site.name])
     return {origin: read_model(file).network for origin, file in files.items()}, curve
 
 

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
+from server import strategy
+from server.journal import ServerState
 from simulations.compare.arms import ARMS, Job, do
 from simulations.compare.report import judge, write_report
 from simulations.compare.stats import difference, gap_closed, paired_interval
@@ -104,6 +106,30 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     assert replace(job, seed=2).result_file != job.result_file
     shared = replace(job, overrides=(*overrides, "federation.server_lr=1.25"))
     assert (shared.result_file != job.result_file) == (arm == "ours")
+
+
+def test_an_interrupted_arm_goes_on_with_the_round_it_was_in(
+    smoke_hospitals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = tuple(smoke_hospitals[i] for i in (0, 2))
+    overrides = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
+    job, beside = (Job("ours", 1, "smoke", overrides, 8, sites, tmp_path / name, "cpu") for name in ("a", "b"))
+    rounds: list[int] = []
+    whole = strategy.run_round
+
+    def run_round(state: ServerState, *others: Any) -> ServerState:
+        rounds.append(state.round + 1)
+        if rounds == [1, 2, 3]:
+            raise KeyboardInterrupt
+        return whole(state, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("server.strategy.run_round", run_round)
+        with pytest.raises(KeyboardInterrupt):
+            do(job)
+        result = do(job)
+    assert rounds == [1, 2, 3, 3]
+    assert {**result, "train_seconds": 0} == {**do(beside), "train_seconds": 0}
 
 
 def test_arms_differ_and_take_the_same_number_of_steps(tmp_path: Path) -> None:
