@@ -20,8 +20,13 @@ def conv3x3(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2
 
 
 def to_images(x: Tensor) -> Tensor:
-    """(H, W, B, C) features → (B, C, H, W) images in channels_last memory; no copy for a single image."""
-    return x.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+    """(H, W, B, C) features → (B, C, H, W) images in channels_last memory; no copy for a single image.
+
+    As flat memory in between: a mere permutation leaves a single image a stride over the batch by which convolutions do not
+    recognise channels_last, and copy twice.
+    """
+    height, width, batch, channels = x.shape
+    return x.transpose(1, 2).transpose(0, 1).flatten().view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def to_features(images: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class TAT(nn.Module):
 
     def _encode(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         none = (None, None)
-        skip1 = self._run(self.encoder1, to_features(self.embed(padded.contiguous(memory_format=torch.channels_last))), none)
+        skip1 = self._run(self.encoder1, to_features(self.embed(to_images(to_features(padded)))), none)
         skip2 = self._run(self.encoder2, shrink(self.down1, skip1), none)
         skip3 = self._run(self.encoder3, shrink(self.down2, skip2), none)
         return skip1, skip2, skip3, shrink(self.down3, skip3)

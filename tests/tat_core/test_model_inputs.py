@@ -13,7 +13,7 @@ from tat_core.config import ModelConfig
 from tat_core.groups import TASK_CODE, group_of
 from tat_core.model import strips
 from tat_core.model.attention import cells, channel_attention
-from tat_core.model.blocks import Block, KernelMix
+from tat_core.model.blocks import Block, KernelMix, to_images
 from tat_core.model.tat import TAT, build_model
 
 TINY = ModelConfig(
@@ -67,6 +67,15 @@ def test_kernels_of_the_whole_image_can_be_given(tiny: TAT) -> None:
         assert torch.equal(tiny(image, kernels), tiny(image))
         swapped = {level: (a.flip(0), f.flip(0)) for level, (a, f) in kernels.items()}
         assert not torch.allclose(tiny(image, swapped), tiny(image))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_images_are_channels_last_as_convolutions_recognise_it(batch: int) -> None:
+    features = torch.rand(6, 5, batch, 4)
+    images = to_images(features)
+    assert torch.equal(images, features.permute(2, 3, 0, 1))
+    assert images.stride() == torch.empty(images.shape, memory_format=torch.channels_last).stride()
+    assert (images.data_ptr() == features.data_ptr()) == (batch == 1)
 
 
 @pytest.mark.parametrize("most", [None, 10])
