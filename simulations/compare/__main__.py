@@ -1,10 +1,10 @@
 """Is training together better than training alone? `python -m simulations.compare`.
 
 Trains every arm with every seed on the six sample hospitals, with equal optimiser steps and equal samples seen, and scores all on
-test slices that nobody trained on or chose by. Each result is cached, so an interrupted comparison goes on where it was, a federated
-arm with its round. Writes docs/results/compare.json, compare.md and plots. An arm and seed of 600 steps takes about three minutes of two CPU cores;
-``--steps 40 --seeds 1`` shows soon that it works. Settings are chosen on validation slices: ``--choose`` prints these instead and
-writes nothing.
+test slices that nobody trained on or chose by. Each result is cached, so an interrupted comparison goes on where it was, a
+federated arm with its round. Writes docs/results/compare.json, compare.md and plots. An arm and seed of 600 steps takes about
+three minutes of two CPU cores; ``--steps 40 --seeds 1`` shows soon that it works. Settings are chosen on validation slices:
+``--choose`` prints these instead and writes nothing.
 """
 
 from __future__ import annotations
