@@ -19,9 +19,9 @@ demo: .venv/installed  ## six hospitals train one network on sample images and c
 	$(BIN)/tat simulate preset=demo
 
 test: .venv/installed  ## the tests, without the long ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-test-all: .venv/installed  ## every test
+test-all: .venv/installed  ## every test, one after the other: the long ones want the machine for themselves
 	$(BIN)/python -m pytest -m ''
 
 check: .venv/installed  ## style and types

@@ -22,3 +22,10 @@ multiprocessing.set_forkserver_preload(["client.work", "opacus.accountants", "py
 def smoke_hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Six site folders of the ``smoke`` profile, sorted by name. Read only."""
     return build_hospitals(tmp_path_factory.mktemp("hospitals"), "smoke")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests share a worker, and so do all that start a SuperLink: two of these at once are too much for two cores."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "integration" else str(item.path)))
