@@ -15,6 +15,7 @@ from scipy.stats import bootstrap
 
 from server import strategy
 from server.journal import ServerState
+from simulations.compare.__main__ import COMMON
 from simulations.compare.arms import ARMS, Job, do
 from simulations.compare.report import judge, write_report
 from simulations.compare.stats import difference, gap_closed, paired_interval
@@ -134,7 +135,7 @@ def test_an_interrupted_arm_goes_on_with_the_round_it_was_in(
 
 def test_arms_differ_and_take_the_same_number_of_steps(tmp_path: Path) -> None:
     configs = {
-        arm: Job(arm, 1, "demo", (), 600, (tmp_path,), tmp_path, "cpu").config
+        arm: Job(arm, 1, "demo", COMMON, 600, (tmp_path,), tmp_path, "cpu").config
         for arm, facts in ARMS.items()
         if facts.how == "federated"
     }
