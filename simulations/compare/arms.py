@@ -229,9 +229,9 @@ def _federated(job: Job, sites: Sequence[Site]) -> tuple[Models, list[Any]]:
     for site in sites:
         shutil.rmtree(site.state_dir / "runs" / state.run, ignore_errors=True)
         if config.federation.fine_tune_steps:
-            files[site.name] = folder / f"{site.name}.safetensors"
-            if not files[site.name].is_file():
-                shutil.move(kept_model(site, config), files[site.name])
+            files[site.name] = kept = folder / f"{site.name}.safetensors"
+            if not kept.is_file():
+                shutil.move(kept_model(site, config), kept)
     return {origin: read_model(file).network for origin, file in files.items()}, curve
 
 

@@ -26,7 +26,7 @@ def to_images(x: Tensor) -> Tensor:
     recognise channels_last, and copy twice.
     """
     height, width, batch, channels = x.shape
-    return x.transpose(1, 2).transpose(0, 1).flatten().view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return x.permute(2, 0, 1, 3).flatten().view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 def to_features(images: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from simulations.compare.report import judge, write_report
 from simulations.compare.stats import difference, gap_closed, paired_interval
 from tat_core.config import config_to_dict
 
+SHORT = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
 TASK_OF = {"a": "CT", "b": "CT", "c": "PET"}
 
 
@@ -95,8 +96,7 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     smoke_hospitals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
     sites = tuple(smoke_hospitals[i] for i in (0, 2, 4))
-    overrides = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
-    job = Job(arm, 1, "smoke", overrides, 4, sites, tmp_path, "cpu")
+    job = Job(arm, 1, "smoke", SHORT, 4, sites, tmp_path, "cpu")
     result = do(job)
     origin = "ct-abdomen" if arm in ("alone", "ours") else "all"
     scores = result["scores"][origin]["ct-abdomen"]["test"]
@@ -105,7 +105,7 @@ def test_an_arm_trains_scores_and_is_not_trained_again(
     monkeypatch.setattr("simulations.compare.arms._TRAIN", {})
     assert do(job) == json.loads(json.dumps(result))
     assert replace(job, seed=2).result_file != job.result_file
-    shared = replace(job, overrides=(*overrides, "federation.server_lr=1.25"))
+    shared = replace(job, overrides=(*SHORT, "federation.server_lr=1.25"))
     assert (shared.result_file != job.result_file) == (arm == "ours")
 
 
@@ -113,8 +113,7 @@ def test_an_interrupted_arm_goes_on_with_the_round_it_was_in(
     smoke_hospitals: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites = tuple(smoke_hospitals[i] for i in (0, 2))
-    overrides = ("train.local_steps=2", "federation.fine_tune_steps=2", "evaluate.max_validation_slices=1")
-    job, beside = (Job("ours", 1, "smoke", overrides, 8, sites, tmp_path / name, "cpu") for name in ("a", "b"))
+    job, beside = (Job("ours", 1, "smoke", SHORT, 8, sites, tmp_path / name, "cpu") for name in ("a", "b"))
     rounds: list[int] = []
     whole = strategy.run_round
 
