@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 _EPS = 1e-12
+_FEW_HEADS = 2  # up to which long matrices are multiplied one by one: as a batch they would be copied into another order first
 
 Map = Callable[[Tensor], Tensor]
 
@@ -87,11 +89,11 @@ def cells(size: int, window: int, most: int | None = None) -> Cells:
 
 def gram_and_squares(qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """(pixels, N, 2C) → qᵀk, (N, heads, c, c), and the channels' squared norms, (N, 2, heads, c), in fp32 or better."""
-    q, k = qk.unflatten(-1, (2, heads, -1)).unbind(2)
-    if q.shape[1:3] == (1, 1):  # as a batch of one, bf16 would be copied into another order first
-        gram = torch.mm(q[:, 0, 0].T, k[:, 0, 0])[None, None]
+    q, k = qk.unflatten(-1, (2, heads, -1)).permute(2, 1, 3, 0, 4)
+    if heads <= _FEW_HEADS:
+        gram = torch.stack([torch.mm(q[n, h].T, k[n, h]) for n in range(len(q)) for h in range(heads)]).unflatten(0, (-1, heads))
     else:
-        gram = torch.matmul(q.permute(1, 2, 3, 0), k.permute(1, 2, 0, 3))
+        gram = q.mT @ k
     precise = qk.to(torch.promote_types(qk.dtype, torch.float32))
     squares = precise.square() if precise is qk else precise.square_()
     # Three times as fast as vector_norm over the first dimension.
@@ -146,13 +148,13 @@ class _Gram(torch.autograd.Function):
         torch.mul(qkv[..., : 2 * channels], 2 * grad_squares.flatten(1), out=grad[..., : 2 * channels])
         q, k = _split_heads(qkv, heads)
         grad_q, grad_k = _split_heads(grad, heads)
-        if heads > 1:
+        if heads > _FEW_HEADS:
             grad_q.add_(k @ grad_gram.mT)
             grad_k.add_(q @ grad_gram)
             return grad, None
-        for image in range(qkv.shape[1]):  # the widest level, where a temporary as large as q would cost
-            grad_q[image, 0].addmm_(k[image, 0], grad_gram[image, 0].T)
-            grad_k[image, 0].addmm_(q[image, 0], grad_gram[image, 0])
+        for place in itertools.product(range(len(q)), range(heads)):
+            grad_q[place].addmm_(k[place], grad_gram[place].T)
+            grad_k[place].addmm_(q[place], grad_gram[place])
         return grad, None
 
 
