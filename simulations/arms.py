@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import wait
 from ctypes import c_int64
 from dataclasses import dataclass
@@ -52,21 +52,27 @@ def keep_alone(job: Job) -> str:
 
 
 def score(job: Job) -> dict[str, Any]:
-    """Score one hospital's test images, by task and arm, and keep one slice as a panel for the report."""
+    """Score one hospital's test images, by task and arm, and keep one slice of each as a panel for the report."""
     site, config = _begin(job)
     result: dict[str, Any] = {"site": site.name, "scanner": site.scanner, "synthetic": site.synthetic, "tasks": {}}
-    for task in (t for t in config.tasks if t in site.data):
+    splits = {task: open_split(prepare(site.data[task]), "test") for task in config.tasks if task in site.data}
+    splits = {task: split for task, split in splits.items() if len(split)}
+    for task, split in splits.items():
         models: dict[str, torch.nn.Module] = {
             "alone": read_model(job.alone_file(site)).network(),
             "together": read_model(job.run_folder / "model.safetensors").network(task),
         }
         if config.federation.fine_tune_steps:
             models["fine_tuned"] = read_model(kept_model(site, config)).network(task)
-        split = open_split(prepare(site.data[task]), "test")
         scores = {name: evaluate_split(model, split, config.evaluate, device=site.device) for name, model in models.items()}
         result["tasks"][task] = {"input": scores["alone"]["input"], **{name: scores[name]["restored"] for name in models}}
-        _keep_panel(job.run_folder / "panels" / f"{site.name}.npz", models, split, config, site.device)
+        _keep_panel(job.run_folder / "panels" / f"{row_name(site.name, task, splits)}.npz", models, split, config, site.device)
     return result
+
+
+def row_name(site: str, task: str, tasks: Collection[str]) -> str:
+    """What one hospital's scores of one task are called: by the hospital, and by the task if it has several."""
+    return site if len(tasks) == 1 else f"{site} {task}"
 
 
 def in_parallel(

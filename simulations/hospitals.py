@@ -85,6 +85,15 @@ HOSPITALS: tuple[Hospital, ...] = (
 )
 
 
+def hospitals_in(root: Path, profile: str = "demo", workers: int = 2) -> list[Path]:
+    """The site folders below `root`, in the order in which Flower numbers them: a user's own as they are, else the samples."""
+    found = sorted(path.parent for path in root.glob("*/site.yaml"))
+    samples = {hospital.name for hospital in HOSPITALS}
+    if any(folder.name not in samples or not (folder / MARKER).is_file() for folder in found):
+        return found
+    return build_hospitals(root, profile, workers=workers)
+
+
 def build_hospitals(root: Path, profile: str = "demo", seed: int = 42, workers: int = 2) -> list[Path]:
     """Write the six hospitals below `root`; those that are there already and up to date are kept.
 
@@ -106,13 +115,19 @@ def build_hospitals(root: Path, profile: str = "demo", seed: int = 42, workers: 
     Raises
     ------
     ValueError
-        If the profile is unknown.
+        If the profile is unknown, or a hospital's place is taken by a folder that was not made here.
     """
     if profile not in PROFILES:
         raise ValueError(f"build_hospitals: expected profile {' or '.join(PROFILES)}, got {profile!r}; choose one of them")
     root.mkdir(parents=True, exist_ok=True)
     made_of = {"build": BUILD_VERSION, "profile": profile, "seed": seed, "images": sources.images_hash()}
     missing = [hospital for hospital in HOSPITALS if not _is_built(root / hospital.name, made_of)]
+    for site in (root / hospital.name for hospital in missing):
+        if site.exists() and not (site / MARKER).is_file():
+            raise ValueError(
+                f"build_hospitals: expected sample hospitals or nothing in {root}, got {site.name} without {MARKER}; "
+                "choose another folder, nothing was changed"
+            )
     if missing:
         columns = (
             SpinnerColumn(),

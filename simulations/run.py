@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from server.strategy import describe_round
-from simulations.arms import ARMS, Job, in_parallel, keep_alone, score, total_scores
+from simulations.arms import ARMS, Job, in_parallel, keep_alone, row_name, score, total_scores
 from simulations.flower import simulate
-from simulations.hospitals import build_hospitals
+from simulations.hospitals import hospitals_in
 from simulations.processes import no_process_left
 from simulations.report import results_table, write_report
 from tat_core.checkpoint import read_model, replacing
@@ -35,7 +35,8 @@ def command(
         list[str] | None, typer.Argument(help="preset=NAME and overrides, such as train.lr=1e-3", metavar="KEY=VALUE…")
     ] = None,
     sites: Annotated[
-        Path | None, typer.Option(help="Folder of the hospitals; made from the sample images if it does not exist.")
+        Path | None,
+        typer.Option(help="Folder of hospitals, each with a site.yaml; without any, sample hospitals are made in it."),
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Sample hospitals to make: demo (real sizes) or smoke (tiny).")] = None,
 ) -> None:
@@ -74,7 +75,7 @@ def run(config: RunConfig, overrides: list[str], sites_dir: Path, profile: str, 
             f"simulate: expected a new run, got name={config.name}, whose folder exists; choose another name=… or remove {folder}"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    site_folders = build_hospitals(sites_dir, profile, workers=WORKERS)
+    site_folders = hospitals_in(sites_dir, profile, workers=WORKERS)
     jobs = [Job(path / "site.yaml", config, folder) for path in site_folders]
 
     steps = len(jobs) * config.local_steps_in_all
@@ -134,7 +135,7 @@ def summarise(config: RunConfig, folder: Path, results: list[dict[str, Any]], se
             "passed": required is None or gain >= required,
         }
     hospitals = {
-        result["site"]: {
+        row_name(result["site"], task, result["tasks"]): {
             "task": task,
             "scanner": result["scanner"],
             "synthetic": result["synthetic"],

@@ -32,6 +32,7 @@ def command(
     FederationConfig(task_groups=chosen)  # says what is wrong with a group's name
     if output.exists():
         raise ValueError(f"adapt: expected a new file, got {output}, which exists; choose another name")
+    output.parent.mkdir(parents=True, exist_ok=True)  # now, and not when hours of training are to be written
     config = TrainConfig(lr=lr, lr_min=0.0, patch_size=patch_size, ema_decay=0.0)
     tune_allocator()
     saved = read_model(model)

@@ -20,6 +20,7 @@ from tat_core.data.dicom_read import MODALITIES, DicomSeries, by_series, modalit
 from tat_core.data.listing import files_below
 from tat_core.data.volume import NIFTI_SUFFIXES, Volume, from_display, read_volume, to_display, write_nifti
 from tat_core.evaluate import restore_image
+from tat_core.evaluation import usable_device
 from tat_core.model.tat import MIN_SIDE
 from tat_core.tasks import TASKS, Task
 
@@ -83,6 +84,7 @@ def restore_study(source: Path, model_file: Path, output: Path, options: Restore
     """
     if options.task is not None and options.task not in TASKS:
         raise ValueError(f"restore: expected task {', '.join(TASKS)}, got {options.task!r}; choose one of them")
+    usable_device(options.device)
     model = read_model(model_file)
     results = []
     for item in track(_inputs(source), description="Restoring", transient=True, disable=not sys.stdout.isatty()):

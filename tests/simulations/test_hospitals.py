@@ -12,7 +12,7 @@ import pytest
 
 from client.site import load_site
 from simulations import hospitals
-from simulations.hospitals import build_hospitals
+from simulations.hospitals import build_hospitals, hospitals_in
 from simulations.sources import IMAGES
 from tat_core.data.dataset import SPLITS, open_data_set
 from tat_core.data.prepared import open_split
@@ -107,6 +107,24 @@ def test_an_interrupted_build_leaves_nothing_trusted(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         build_hospitals(tmp_path, "smoke")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_own_hospitals_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("north", "ct-chest"):  # one of them called like a sample
+        (tmp_path / name / "state").mkdir(parents=True)
+        (tmp_path / name / "site.yaml").write_text("name: mine\n")
+        (tmp_path / name / "state/ledger.json").write_text("precious")
+    assert hospitals_in(tmp_path, "smoke") == [tmp_path / "ct-chest", tmp_path / "north"]
+    with pytest.raises(ValueError, match=r"got ct-chest without built\.json; .* nothing was changed"):
+        build_hospitals(tmp_path, "smoke")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ct-chest", "north"]
+    assert (tmp_path / "ct-chest/state/ledger.json").read_text() == "precious"
+
+
+def test_samples_are_made_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hospitals, "HOSPITALS", hospitals.HOSPITALS[1:2])
+    made = hospitals_in(tmp_path / "new", "smoke")
+    assert made == hospitals_in(tmp_path / "new", "smoke") == [tmp_path / "new" / "ct-chest"]
 
 
 def test_unknown_profile_is_refused(tmp_path: Path) -> None:

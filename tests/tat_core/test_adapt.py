@@ -65,7 +65,7 @@ def test_a_model_without_tasks_own_restores_the_other_tasks_as_before(smoke_hosp
 def test_the_command_writes_a_model_and_refuses_what_it_cannot_do(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     save_model(tmp_path / "released.safetensors", _released(("CT", "MRI", "PET")), CONFIG.model, {"seed": 3})
     (folder,) = load_site(smoke_hospitals[0] / "site.yaml").data.values()
-    released, mine = (str(tmp_path / f"{name}.safetensors") for name in ("released", "mine"))
+    released, mine = str(tmp_path / "released.safetensors"), str(tmp_path / "a/new/folder/mine.safetensors")
     arguments = [released, str(folder), "-o", mine, "--patch-size", "32"]
     runner = CliRunner()
     result = runner.invoke(_as_command("adapt", command), [*arguments, "--steps", "1"])
