@@ -48,12 +48,14 @@ class SliceRow:
 def find_data_sets(folders: Sequence[Path]) -> dict[str, Path]:
     """Data sets in the given folders, by a short name: the folders themselves, or what lies one or two levels below.
 
+    The name is the end of the path, as much of it as sets the data set apart. A folder given twice is one data set.
+
     Raises
     ------
     ValueError
         If a folder holds none.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for folder in folders:
         levels = (sorted(folder.glob(f"{below}dataset.json")) for below in ("", "*/", "*/*/"))
         files = next((files for files in levels if files), [])
@@ -61,8 +63,18 @@ def find_data_sets(folders: Sequence[Path]) -> dict[str, Path]:
             raise ValueError(
                 f"evaluate: expected a data set (a folder with dataset.json) in {folder}, got none; see docs/dataset.md"
             )
-        found += [file.parent for file in files if file.parent not in found]
-    return {"/".join(path.resolve().parts[-2:]): path for path in found}
+        for file in files:
+            found.setdefault(file.parent.resolve(), file.parent)
+    return {_short_name(place, found): path for place, path in found.items()}
+
+
+def _short_name(place: Path, all_places: Iterable[Path]) -> str:
+    """Hospital and task, and what is above them where others end alike."""
+    others = [other for other in all_places if other != place]
+    depth = 2
+    while any(other.parts[-depth:] == place.parts[-depth:] for other in others):
+        depth += 1
+    return Path(*place.parts[-depth:]).as_posix()
 
 
 def usable_device(name: str) -> torch.device:
@@ -77,7 +89,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"evaluate: expected a device of this computer, got {name!r}; try --device cpu") from None
+        raise ValueError(f"device: expected one of this computer, got {name!r}; try --device cpu") from None
     return device
 
 

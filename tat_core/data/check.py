@@ -14,7 +14,7 @@ from pathlib import Path
 from tat_core.data.check_case import CaseFacts, Finding, check_case
 from tat_core.data.dataset import SPLITS, Case, DataSet, open_data_set, write_json
 from tat_core.data.parallel import run_each
-from tat_core.data.prepared import MAX_BAD_FRACTION
+from tat_core.data.prepared import MAX_BAD_FRACTION, count_bad, leak_is_declared, leaks
 
 FEW_PATIENTS = 5
 # dates, long numbers, two capitalised words, and DICOM's way of writing names
@@ -80,14 +80,14 @@ def check(folder: Path, workers: int = 1, write_quarantine: bool = True) -> Repo
     findings += _duplicates(data, facts)
     findings += _names(data)
     bad = {finding.case: f"{finding.what}; {finding.do}" for finding in findings if finding.level == "error" and finding.case}
-    used = [case for case in data.cases if case.split]
-    if len(bad) > MAX_BAD_FRACTION * max(len(used), 1):
+    num_bad, num_used = count_bad(data, bad)
+    if num_bad > MAX_BAD_FRACTION * num_used:
         findings.append(
             Finding(
                 "error",
                 "",
                 "mostly-bad",
-                f"{len(bad)} of {len(used)} cases cannot be used",
+                f"{num_bad} of {num_used} cases cannot be used",
                 f"training is refused above {MAX_BAD_FRACTION:.0%}, because then something is wrong with the export as a whole",
                 "repair the cases listed here, or take them out of splits.json",
             )
@@ -123,19 +123,16 @@ def _pairing(data: DataSet) -> Iterator[Finding]:
 
 
 def _patients(data: DataSet) -> Iterator[Finding]:
-    splits_of: dict[str, set[str]] = defaultdict(set)
     for case in data.cases:
-        if case.split:
-            splits_of[case.patient].add(case.split)
-            if not case.patient:
-                why = "leakage between the splits cannot be excluded, and privacy is counted per patient"
-                yield Finding("error", case.name, "no-patient", "no patient in splits.json", why, "give each case its patient")
-    excused = data.about.get("split_by") in ("slices", "published")
+        if case.split and not case.patient:
+            why = "leakage between the splits cannot be excluded, and privacy is counted per patient"
+            yield Finding("error", case.name, "no-patient", "no patient in splits.json", why, "give each case its patient")
+    level = "warning" if leak_is_declared(data) else "error"
     why = "a network remembers patients: scores on a patient it was trained on are too good"
-    for splits in (splits for patient, splits in sorted(splits_of.items()) if patient and len(splits) > 1):
-        what = f"one patient is in {' and '.join(sorted(splits))}"
-        yield Finding("warning" if excused else "error", "", "leak", what, why, "move all cases of a patient to one split")
-    train = sum("train" in splits for splits in splits_of.values())
+    for splits in leaks(data):
+        what = f"one patient is in {' and '.join(splits)}"
+        yield Finding(level, "", "leak", what, why, "move all cases of a patient to one split")
+    train = len({case.patient for case in data.cases if case.split == "train"})
     if train < FEW_PATIENTS:
         why = "a network trained on few patients learns these patients, and hides them less well"
         yield Finding(
@@ -153,16 +150,24 @@ def _duplicates(data: DataSet, facts: dict[str, CaseFacts]) -> Iterator[Finding]
     owners: dict[str, str] = {}
     split_of = {case.name: case.split for case in data.cases}
     seen: set[tuple[str, str]] = set()
-    for name in sorted(facts):
+    for name in sorted(facts, key=lambda name: (not split_of[name], name)):  # an unused case never costs a used one
         for digest in facts[name].slice_hashes:
             first = owners.setdefault(digest, name)
             if first == name or (first, name) in seen:
                 continue
             seen.add((first, name))
-            across = split_of[first] != split_of[name]
-            what = "shares slices of equal content with another case" + (" of another split" if across else "")
-            why = "scores on images that were trained on are too good" if across else "doubled images count twice"
-            yield Finding("error" if across else "warning", name, "duplicate", what, why, "remove one of the two")
+            yield _duplicate(name, split_of[first], split_of[name])
+
+
+def _duplicate(name: str, first_split: str, split: str) -> Finding:
+    what = "shares slices of equal content with another case"
+    if first_split and not split:
+        why = "it must not come into another split than the case that is used"
+        return Finding("error", name, "duplicate", f"in no split, and {what} that is used", why, "remove the unused one")
+    if first_split != split:
+        why = "scores on images that were trained on are too good"
+        return Finding("error", name, "duplicate", f"{what} of another split", why, "remove one of the two")
+    return Finding("warning", name, "duplicate", what, "doubled images count twice", "remove one of the two")
 
 
 def _names(data: DataSet) -> Iterator[Finding]:

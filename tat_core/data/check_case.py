@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.registration import phase_cross_correlation
 
 from tat_core.data.dataset import Case
-from tat_core.data.dicom_read import identifying_elements
+from tat_core.data.dicom_read import identifying_elements, modality_of
 from tat_core.data.listing import files_below
 from tat_core.data.prepared import read_pair
 from tat_core.data.volume import NIFTI_SUFFIXES, nifti_texts
@@ -157,4 +157,7 @@ def _headers(case: Case) -> Iterator[Finding]:
 def _identifying(side: Path) -> set[str]:
     if side.name.lower().endswith(NIFTI_SUFFIXES):
         return nifti_texts(side)
-    return identifying_elements(files_below(side)[0])
+    for path in files_below(side):
+        if modality_of([path]):  # what else lies beside the images (a readme, a directory) is skipped, as in reading them
+            return identifying_elements(path)
+    return set()

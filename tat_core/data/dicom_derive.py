@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,11 @@ _NO_LONGER_TRUE = (
     *("IconImageSequence", "DigitalSignaturesSequence", "MACParametersSequence", "ReferencedImageEvidenceSequence"),
     *("ExtendedOffsetTable", "ExtendedOffsetTableLengths", "OriginalAttributesSequence", "SourceImageSequence"),
 )
+_OF_SOURCE_VALUES = (
+    *("PixelPaddingValue", "PixelPaddingRangeLimit", "WindowCenter", "WindowWidth", "WindowCenterWidthExplanation"),
+    *("VOILUTSequence", "FrameVOILUTSequence", "RealWorldValueMappingSequence"),
+)
+_TRANSFORMATION = "PixelValueTransformationSequence"
 _NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
 _SUV_GROUP = 0x7053  # Philips' SUV factor: without it counts cannot be turned into SUV
 
@@ -115,8 +121,7 @@ def _set_identity(dataset: Any, original: Any, derivation: Derivation) -> None:
     now = datetime.now()
     dataset.InstanceCreationDate, dataset.InstanceCreationTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     dataset.ImageType = _derived_type(original.get("ImageType"))
-    groups = [*dataset.get("SharedFunctionalGroupsSequence", []), *dataset.get("PerFrameFunctionalGroupsSequence", [])]
-    for group in groups:
+    for group in (*_shared_groups(dataset), *_frame_groups(dataset)):
         for element in group:
             if element.keyword.endswith("FrameTypeSequence"):
                 for item in element.value:
@@ -161,35 +166,73 @@ def _set_pixels(
     dataset: Any, source: DicomSeries, frames: list[tuple[int, Frame]], stack: np.ndarray, derivation: Derivation
 ) -> None:
     residual = derivation.kind == "residual"
-    if residual:  # the source's type may not hold negative values
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
-        for keyword in (
-            "PixelPaddingValue",
-            "PixelPaddingRangeLimit",
-            "WindowCenter",
-            "WindowWidth",
-            "WindowCenterWidthExplanation",
-        ):
-            if keyword in dataset:
-                delattr(dataset, keyword)
+    in_order = sorted(frames, key=lambda entry: entry[1].index or 0)
+    if in_order[0][1].index is not None:  # slices that came twice are written once
+        groups = dataset.PerFrameFunctionalGroupsSequence
+        dataset.PerFrameFunctionalGroupsSequence = [groups[frame.index] for _, frame in in_order]
+        dataset.NumberOfFrames = len(in_order)
+    if residual:
+        _make_signed(dataset)
     bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
     allocated = np.dtype(f"{'i' if signed else 'u'}{int(dataset.BitsAllocated) // 8}")
     lowest, highest = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    in_order = sorted(frames, key=lambda entry: entry[1].index or 0)
-    planes = []
+
+    def values(k: int) -> np.ndarray:
+        return stack[k].astype(np.float64) / source.unit_factor
+
+    rescales = []
     for k, frame in in_order:
-        values = stack[k].astype(np.float64) / source.unit_factor
         slope, intercept = frame.slope, 0.0 if residual else frame.intercept
-        reach = float(np.abs(values - intercept).max(initial=0.0))
-        if frame.index is None and "RescaleSlope" in dataset:
-            if source.modality == "PT" or residual:  # each PET slice may have its own slope: fit it to the new maximum
-                slope = max(slope, float(f"{reach / highest * 1.0001:.9e}"))
-            dataset.RescaleSlope, dataset.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
-            slope = float(dataset.RescaleSlope)
-        planes.append(np.clip(np.rint((values - intercept) / slope), lowest, highest).astype(allocated.newbyteorder("<")))
-    dataset.PixelData = b"".join(plane.tobytes() for plane in planes)
+        if source.modality == "PT" or residual:  # each PET slice may have its own slope: fit it to the new maximum
+            reach = float(np.abs(values(k) - intercept).max(initial=0.0))
+            slope = max(slope, float(f"{reach / highest * 1.0001:.9e}"))
+        rescales.append((slope, intercept))
+    if rescales != [(frame.slope, frame.intercept) for _, frame in in_order]:
+        _set_rescales(dataset, rescales, in_order[0][1].index is not None)
+        _drop(dataset, "RealWorldValueMappingSequence")  # maps the values as they were stored before
+    planes = []
+    for (k, _), (slope, intercept) in zip(in_order, rescales, strict=True):
+        stored = np.clip(np.rint((values(k) - intercept) / slope), lowest, highest)
+        planes.append(stored.astype(allocated.newbyteorder("<")).tobytes())
+    dataset.PixelData = b"".join(planes)
     if len(dataset.PixelData) % 2:
         dataset.PixelData += b"\0"
     dataset["PixelData"].VR = "OW" if allocated.itemsize > 1 else "OB"
-    if len(planes) > 1 or frames[0][1].index is not None:
-        dataset.NumberOfFrames = len(planes)
+
+
+def _make_signed(dataset: Any) -> None:
+    """Room for negative values, which the source's type may not hold, and nothing that describes the source's values."""
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 16, 15, 1
+    _drop(dataset, *_OF_SOURCE_VALUES)
+
+
+def _set_rescales(dataset: Any, rescales: Sequence[tuple[float, float]], multi_frame: bool) -> None:
+    """Slope and intercept into the header; in a multi-frame object into each frame, as they may differ between frames."""
+    holders = [dataset]
+    if multi_frame:
+        shared = [item for group in _shared_groups(dataset) for item in group.get(_TRANSFORMATION) or []]
+        for group in dataset.PerFrameFunctionalGroupsSequence:
+            known = [*(group.get(_TRANSFORMATION) or []), *shared, new_item(RescaleType="US")]
+            setattr(group, _TRANSFORMATION, [copy.deepcopy(known[0])])
+        for group in _shared_groups(dataset):  # either shared or for each frame, never both
+            if _TRANSFORMATION in group:
+                delattr(group, _TRANSFORMATION)
+        holders = [group[_TRANSFORMATION].value[0] for group in dataset.PerFrameFunctionalGroupsSequence]
+    for holder, (slope, intercept) in zip(holders, rescales, strict=True):
+        holder.RescaleSlope, holder.RescaleIntercept = f"{slope:.10g}", f"{intercept:.10g}"
+
+
+def _drop(dataset: Any, *keywords: str) -> None:
+    """Delete elements of the object and of its functional groups."""
+    for holder in (dataset, *_shared_groups(dataset), *_frame_groups(dataset)):
+        for keyword in keywords:
+            if keyword in holder:
+                delattr(holder, keyword)
+
+
+def _shared_groups(dataset: Any) -> Sequence[Any]:
+    return dataset.get("SharedFunctionalGroupsSequence") or []
+
+
+def _frame_groups(dataset: Any) -> Sequence[Any]:
+    return dataset.get("PerFrameFunctionalGroupsSequence") or []

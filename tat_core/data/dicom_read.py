@@ -71,7 +71,7 @@ def read_dicom_files(paths: Sequence[Path], task_name: str) -> DicomSeries:
             f"read_dicom: expected at most {MAX_VOXELS} voxels, got {len(frames)} slices of {rows} × {columns}; split the series"
         )
     frames, notes = sorted_by_geometry(frames), list[str]()
-    factor, unit_note = suv_factor(frames[0].dataset) if task_name == "PET" else (1.0, "")
+    factor, unit_note = suv_factor(frames[0].dataset, datasets) if task_name == "PET" else (1.0, "")
     stack = np.empty((len(frames), rows, columns), np.float32)
     stored_dtype = ""
     decoded: dict[int, Any] = {}

@@ -8,7 +8,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tat_core.data.dataset import SPLITS, Case, as_json, open_data_set, read_json, write_json
+from tat_core.data.dataset import SPLITS, Case, DataSet, as_json, open_data_set, read_json, write_json
 from tat_core.data.parallel import run_each
 from tat_core.data.volume import display_axes, read_volume, to_display
 from tat_core.tasks import TASKS, Task
@@ -147,7 +148,8 @@ def prepare(dataset_dir: Path, prepared_dir: Path | None = None, workers: int = 
     Raises
     ------
     ValueError
-        If the data set is wrong as a whole or over 5 % of its cases are bad.
+        If the data set is wrong as a whole, a patient is in several splits without that being declared, or over 5 % of the cases
+        that have a split are bad.
     """
     store = prepared_dir or dataset_dir / "prepared"
     with _alone_in(store):
@@ -172,6 +174,7 @@ def _alone_in(store: Path) -> Iterator[None]:
 
 def _prepare(dataset_dir: Path, store: Path, workers: int) -> Path:
     data = open_data_set(dataset_dir)
+    _refuse_leak(data)
     used = [case for case in data.cases if case.split and case.name not in data.quarantine]
     known = _known_entries(store, data.task)
     entries: dict[str, dict[str, Any]] = {}
@@ -194,7 +197,7 @@ def _prepare(dataset_dir: Path, store: Path, workers: int) -> Path:
                 journal.write(json.dumps(outcome) + "\n")
     if bad:
         write_json(dataset_dir / "quarantine.json", {"format": 1, "cases": data.quarantine | bad})
-    _refuse_if_mostly_bad(len(data.quarantine) + len(bad), len(used) + len(data.quarantine))
+    _refuse_if_mostly_bad(*count_bad(data, data.quarantine | bad))
     splits: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     for case in used:
         if case.name in entries:
@@ -239,6 +242,37 @@ def _write_manifest(store: Path, manifest: dict[str, Any]) -> None:
     for path in store.glob("*.npy"):
         if path not in named:
             path.unlink()
+
+
+def leaks(data: DataSet) -> list[tuple[str, ...]]:
+    """The splits of each patient who is in several; names nobody. Cases without a patient are not compared."""
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for case in data.cases:
+        if case.split and case.patient:
+            splits_of[case.patient].add(case.split)
+    return [tuple(sorted(splits)) for _, splits in sorted(splits_of.items()) if len(splits) > 1]
+
+
+def leak_is_declared(data: DataSet) -> bool:
+    """Whether dataset.json says that its splits do not keep patients apart."""
+    return data.about.get("split_by") in ("slices", "published")
+
+
+def count_bad(data: DataSet, bad: Collection[str]) -> tuple[int, int]:
+    """How many of the cases that have a split are among the bad ones, and how many have a split.
+
+    A bad case without a split does no harm: taking it out of splits.json must be enough.
+    """
+    used = [case.name for case in data.cases if case.split]
+    return sum(name in bad for name in used), len(used)
+
+
+def _refuse_leak(data: DataSet) -> None:
+    leaking = len(leaks(data))
+    if leaking and not leak_is_declared(data):
+        raise ValueError(
+            f"prepare: expected each patient in one split, got {leaking} in several; move all cases of a patient to one split"
+        )
 
 
 def _refuse_if_mostly_bad(bad: int, total: int) -> None:

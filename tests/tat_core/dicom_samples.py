@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ def write_ct(folder: Path, volume: Volume | None = None, **options: object) -> P
     return folder
 
 
-def multi_frame(volume: Volume, folder: Path) -> Path:
-    """The volume as one enhanced CT object, frames in a scrambled order, made from the single-frame files."""
+def multi_frame(volume: Volume, folder: Path, *, intercept: int = -1024, shared_rescale: bool = False) -> Path:
+    """The volume as one enhanced CT object of unsigned 12-bit, frames in a scrambled order, made from the single-frame files."""
     slices = [pydicom.dcmread(path) for path in sorted(write_ct(folder / "single", volume).iterdir())]
     order = np.random.default_rng(0).permutation(len(slices))
     enhanced = pydicom.dcmread(sorted((folder / "single").iterdir())[0])
@@ -55,15 +56,24 @@ def multi_frame(volume: Volume, folder: Path) -> Path:
     orientation.ImageOrientationPatient = slices[0].ImageOrientationPatient
     shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
     enhanced.SharedFunctionalGroupsSequence = [shared]
+    rescale = Dataset()
+    rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, intercept, "HU"
+    if shared_rescale:
+        shared.PixelValueTransformationSequence = [rescale]
     groups = []
     for k in order:
-        group, place, rescale = Dataset(), Dataset(), Dataset()
+        group, place = Dataset(), Dataset()
         place.ImagePositionPatient = slices[k].ImagePositionPatient
-        rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, 0, "HU"
-        group.PlanePositionSequence, group.PixelValueTransformationSequence = [place], [rescale]
+        group.PlanePositionSequence = [place]
+        if not shared_rescale:
+            group.PixelValueTransformationSequence = [copy.deepcopy(rescale)]
         groups.append(group)
     enhanced.PerFrameFunctionalGroupsSequence = groups
-    enhanced.PixelData = b"".join(slices[k].PixelData for k in order)
+    enhanced.BitsStored, enhanced.HighBit, enhanced.PixelRepresentation = 12, 11, 0
+    stored = np.stack([slices[k].pixel_array for k in order]) - intercept
+    assert stored.min() >= 0
+    assert stored.max() < 4096
+    enhanced.PixelData = stored.astype(np.uint16).tobytes()
     enhanced.save_as(folder / "enhanced.dcm")
     return folder / "enhanced.dcm"
 

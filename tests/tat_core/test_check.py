@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 from data_sets import TEN, head, make_data_set, with_noise, write_splits
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, generate_uid
 from typer.testing import CliRunner
 
 from tat_core.data.check import Report, check
@@ -144,6 +146,33 @@ def test_duplicates_are_found_by_content(folder: Path) -> None:
     assert ("case-09", "duplicate") in codes(report, "error")
 
 
+def copy_case(folder: Path, source: str, target: str) -> None:
+    for side in ("LQ", "HQ"):
+        shutil.copy(folder / side / f"{source}.nii.gz", folder / side / f"{target}.nii.gz")
+
+
+def test_an_unused_copy_costs_no_used_case(folder: Path) -> None:
+    copy_case(folder, "case-02", "a-copy")
+    report = check(folder)
+    assert set(report.quarantine) == {"a-copy"}
+    assert "of another split" not in report.quarantine["a-copy"]
+    assert open_split(prepare(folder), "train").num_patients == 8
+
+
+def test_an_unused_copy_hides_no_copy_across_splits(folder: Path) -> None:
+    copy_case(folder, "case-02", "a-copy")
+    copy_case(folder, "case-02", "case-09")
+    assert set(check(folder).quarantine) == {"a-copy", "case-09"}
+
+
+def test_two_unused_copies_of_each_other_are_a_warning(folder: Path) -> None:
+    copy_case(folder, "case-02", "a-copy")
+    write_splits(folder, {name: entry for name, entry in TEN.items() if name != "case-02"})
+    report = check(folder)
+    assert ("case-02", "duplicate") in codes(report, "warning")
+    assert report.quarantine == {}
+
+
 def test_identifying_names_and_headers(folder: Path) -> None:
     cases = dict(TEN)
     for old, new in (("case-01", "Meier_Anna"), ("case-02", "20211204-head"), ("case-04", "1234567890")):
@@ -176,6 +205,34 @@ def test_units_of_mri_and_pet() -> None:
     assert [f.level for f in unit_findings("", image * 50, PET)] == ["error"]
     assert [f.level for f in unit_findings("", image / 100, PET)] == []
     assert [f.level for f in unit_findings("", image / 1e5, PET)] == ["warning"]
+
+
+def test_other_files_beside_the_images_of_a_series_harm_no_case(folder: Path) -> None:
+    (folder / "HQ" / "case-03.nii.gz").unlink()
+    volume = Volume(np.round(head(3).voxels), head(3).affine, "HU")
+    series = folder / "HQ" / "case-03"
+    named = {"PatientIdentityRemoved": "NO", "PatientBirthDate": "19700101"}
+    write_dicom_series(volume, series, modality="CT", patient="x", study_key="s", series_key="r", extra=named)
+    (series / "!readme.txt").write_text("viewer")
+    (series / "0-empty").write_bytes(b"")
+    directory = FileDataset(None, Dataset(), preamble=b"\0" * 128, file_meta=FileMetaDataset())
+    directory.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    directory.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    directory.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    directory.save_as(series / "0-DICOMDIR")  # is DICOM, but says nothing of the images' headers
+    report = check(folder)
+    assert codes(report) == {("case-03", "identifying-header")}
+    assert report.quarantine == {}
+
+
+def test_bad_cases_taken_out_of_the_splits_do_not_count(folder: Path) -> None:
+    (folder / "LQ" / "case-03.nii.gz").write_bytes(b"nonsense")
+    assert ("", "mostly-bad") in codes(check(folder), "error")
+    write_splits(folder, {name: entry for name, entry in TEN.items() if name != "case-03"})
+    report = check(folder)
+    assert ("", "mostly-bad") not in codes(report)
+    assert set(report.quarantine) == {"case-03"}
+    assert open_split(prepare(folder), "train").num_patients == 7
 
 
 def test_over_five_per_cent_bad_is_refused_and_less_goes_on(folder: Path, tmp_path: Path) -> None:

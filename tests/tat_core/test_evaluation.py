@@ -115,6 +115,15 @@ def test_data_sets_are_found_below_a_hospital(tmp_path: Path) -> None:
         find_data_sets([tmp_path / "hospitals", one / "LQ"])
 
 
+def test_data_sets_whose_last_names_agree_are_all_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    years = [write_data_set(tmp_path / year / "site" / "CT", 1) for year in ("2024", "2025")]
+    other = write_data_set(tmp_path / "other" / "CT", 1)
+    expected = {"2024/site/CT": years[0], "2025/site/CT": years[1], "other/CT": other}
+    assert find_data_sets([*(folder.parent for folder in years), other]) == expected
+    monkeypatch.chdir(tmp_path)
+    assert list(find_data_sets([other, Path("other"), Path("2024/../other/CT")])) == ["other/CT"]
+
+
 def test_tat_evaluate(tmp_path: Path) -> None:
     folder = write_data_set(tmp_path / "site" / "CT")
     model = build_model(SMALL, seed=0)
@@ -137,5 +146,5 @@ def test_tat_evaluate(tmp_path: Path) -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert usable_device("cpu").type == "cpu"
     for name in ("cuda:99", "toaster"):
-        with pytest.raises(ValueError, match="expected a device of this computer"):
+        with pytest.raises(ValueError, match="device: expected one of this computer"):
             usable_device(name)

@@ -115,6 +115,28 @@ def test_damaged_store_is_refused_not_trusted(folder: Path) -> None:
         open_split(folder / "prepared", "all")
 
 
+@pytest.mark.parametrize("split_by", ["patient", "slices", "published", None])
+def test_a_patient_in_several_splits_is_refused_unless_that_is_declared(folder: Path, split_by: str | None) -> None:
+    write_splits(folder, {name: entry | {"patient": "Anna"} for name, entry in TEN.items()})
+    about = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(about | {"split_by": split_by}))
+    if split_by in ("slices", "published"):
+        assert open_split(prepare(folder), "test").num_patients == 1
+        return
+    with pytest.raises(ValueError, match="prepare: expected each patient in one split, got 1 in several; ") as caught:
+        prepare(folder)
+    assert "Anna" not in str(caught.value)
+    assert str(folder) not in str(caught.value)
+
+
+def test_a_patient_may_have_unused_cases_and_several_in_one_split(folder: Path) -> None:
+    unused = {name: {"patient": "p09", "split": ""} for name in ("case-00", "case-01")}
+    write_splits(folder, TEN | unused)
+    assert open_split(prepare(folder), "train").num_patients == 6
+    write_splits(folder, {name: entry | {"patient": "p" + entry["split"]} for name, entry in TEN.items()})
+    assert open_split(prepare(folder), "train").num_patients == 1
+
+
 def test_workers_give_the_same_store(folder: Path) -> None:
     def hashes() -> list[str]:
         manifest = json.loads((folder / "prepared" / "manifest.json").read_text())

@@ -15,7 +15,9 @@ from dicom_samples import multi_frame, pet_header, turned_affine
 
 from tat_core.checkpoint import arrays_of, save_model
 from tat_core.config import ModelConfig
-from tat_core.data.dicom_write import write_dicom_series
+from tat_core.data.dicom_derive import Derivation, write_derived_series
+from tat_core.data.dicom_read import read_dicom_files
+from tat_core.data.dicom_write import new_item, write_dicom_series
 from tat_core.data.volume import Volume, read_volume, write_nifti
 from tat_core.model.tat import build_model
 from tat_core.restore import RestoreOptions, restore_study, restore_volume
@@ -136,6 +138,63 @@ def test_enhanced_multi_frame_stays_one_object(tmp_path: Path, model_file: Path)
     np.testing.assert_array_equal(after.affine, before.affine)
     direct = restore_study(tmp_path / "in" / "single", model_file, tmp_path / "out2", RestoreOptions())[0]
     np.testing.assert_array_equal(after.voxels, read_volume(direct.outputs[0], CT).voxels)
+
+
+def holders(dataset: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """The object itself and each of its functional groups."""
+    return [dataset, *dataset.SharedFunctionalGroupsSequence, *dataset.PerFrameFunctionalGroupsSequence]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_residual_of_a_multi_frame_object_reads_back(tmp_path: Path, shared: bool) -> None:
+    (tmp_path / "in").mkdir()
+    source = multi_frame(Volume(np.zeros((8, 6, 4), np.float32), np.eye(4), "HU"), tmp_path / "in", shared_rescale=shared)
+    dataset = pydicom.dcmread(source)
+    for holder in holders(dataset):  # both would describe the source's values and not the residual's
+        holder.FrameVOILUTSequence = [new_item(WindowCenter=40, WindowWidth=400)]
+        holder.RealWorldValueMappingSequence = [new_item(RealWorldValueSlope=1.0, RealWorldValueIntercept=-1024.0)]
+    dataset.save_as(source)
+    residual = np.full((4, 6, 8), 5.0, np.float32)
+    residual[1], residual[2, 0, 0] = -7.0, 50_000.0  # more than int16 holds at the source's slope
+    write_derived_series(read_dicom_files([source], "CT"), residual, tmp_path / "out", Derivation("ab" * 32, "x", "residual"))
+    after = read_volume(tmp_path / "out", CT).voxels.transpose(2, 1, 0)
+    np.testing.assert_array_equal(after[[0, 1, 3]], residual[[0, 1, 3]])
+    np.testing.assert_allclose(after[2], residual[2], atol=1.0)
+    derived = pydicom.dcmread(tmp_path / "out" / "0000.dcm")
+    for holder in holders(derived):
+        assert "RealWorldValueMappingSequence" not in holder
+    for holder in holders(derived)[1:]:
+        assert "FrameVOILUTSequence" not in holder
+        for item in holder.get("PixelValueTransformationSequence", []):
+            assert (item.RescaleIntercept, item.RescaleType) == (0, "HU")
+
+
+def test_frames_that_came_twice_leave_the_multi_frame_object(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    source = multi_frame(Volume(abdomen(4, 16).voxels, np.eye(4), "HU"), tmp_path / "in")
+    dataset = pydicom.dcmread(source)
+    first = dataset.PixelData[: 2 * dataset.Rows * dataset.Columns]
+    dataset.PerFrameFunctionalGroupsSequence.insert(0, dataset.PerFrameFunctionalGroupsSequence[0])
+    dataset.NumberOfFrames, dataset.PixelData = 5, first + dataset.PixelData
+    dataset.save_as(source)
+    series = read_dicom_files([source], "CT")
+    assert len(series.frames) == 4
+    write_derived_series(series, series.voxels.transpose(2, 1, 0), tmp_path / "out", Derivation("ab" * 32, "x"))
+    np.testing.assert_array_equal(read_volume(tmp_path / "out", CT).voxels, series.voxels)
+
+
+def test_real_world_values_go_where_the_slope_changes(tmp_path: Path) -> None:
+    voxels = np.ones((8, 6, 2), np.float32)
+    source = source_series(tmp_path / "in", Volume(voxels, np.eye(4), "SUV"), "PT")
+    edited(source, RealWorldValueMappingSequence=[new_item(RealWorldValueSlope=1 / 65535, RealWorldValueIntercept=0.0)])
+    series = read_dicom_files(list(source.iterdir()), "PET")
+    stack = np.stack([np.full((6, 8), 0.5, np.float32), np.full((6, 8), 2.0, np.float32)])
+    for kind, kept in (("restored", [True, False]), ("residual", [False, False])):
+        write_derived_series(series, stack, tmp_path / kind, Derivation("ab" * 32, "x", kind))
+        derived = [pydicom.dcmread(tmp_path / kind / f"000{k}.dcm") for k in range(2)]
+        assert ["RealWorldValueMappingSequence" in dataset for dataset in derived] == kept
+        after = read_volume(tmp_path / kind, PET).voxels.transpose(2, 1, 0)
+        np.testing.assert_allclose(after, stack, atol=1e-4)
 
 
 def test_pet_series_fits_its_slopes(tmp_path: Path, model_file: Path) -> None:

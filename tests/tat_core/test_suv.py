@@ -31,6 +31,23 @@ def test_post_processed_series_counts_to_the_acquisition() -> None:
     assert "acquisition" in note
 
 
+def test_the_scan_starts_with_its_earliest_bed() -> None:
+    first = pet_header(SeriesTime="180000")
+    last = pet_header(SeriesTime="180000", AcquisitionTime="120946.2")
+    for beds in ([first, last], [last, first]):
+        assert suv_factor(last, beds)[0] == pytest.approx(70_000 / 175e6)
+    between = pet_header(SeriesTime="120000", AcquisitionTime="120946.2")  # later than the first bed, not than this one
+    assert suv_factor(between, [between, first])[0] == pytest.approx(70_000 / 175e6)
+    unchanged = pet_header(AcquisitionTime="120946.2")  # the series time is the start, even if its bed is not there
+    assert suv_factor(unchanged, [unchanged]) == (pytest.approx(70_000 / 175e6), "")
+
+
+def test_date_and_time_of_the_acquisition_in_one_element() -> None:
+    single = {"AcquisitionDate": None, "AcquisitionTime": None, "AcquisitionDateTime": "20200101114946.200000+0100"}
+    later = pet_header(SeriesTime="180000", AcquisitionTime="120946.2")
+    assert suv_factor(later, [later, pet_header(**single)])[0] == pytest.approx(70_000 / 175e6)
+
+
 def test_counts_and_suv() -> None:
     counts = pet_header(Units="CNTS")
     counts.private_block(0x7053, "Philips PET Private Group", create=True).add_new(0x00, "DS", "0.00042")

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from dicom_samples import multi_frame, ramp_volume, turned_affine, write_ct
+from dicom_samples import multi_frame, pet_header, ramp_volume, turned_affine, write_ct
 from pydicom.data import get_testdata_file
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
@@ -181,6 +181,18 @@ def test_pet_series_keeps_suv(tmp_path: Path) -> None:
     voxels = np.random.default_rng(0).gamma(2, 2, (8, 8, 3)).astype(np.float32)
     folder = write_ct(tmp_path / "d", Volume(voxels, np.eye(4), "SUV"), modality="PT")
     np.testing.assert_allclose(read_volume(folder, PET).voxels, voxels, atol=voxels.max() / 65535)
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_pet_of_several_beds_gives_the_same_suv_in_both_directions(tmp_path: Path, head_first: bool) -> None:
+    """Slices are sorted from the feet up, so that head first the first slice is of the last bed."""
+    extra = {element.keyword: element.value for element in pet_header(SeriesTime="150000")}  # reconstructed later
+    volume = Volume(np.full((8, 8, 4), 2500.0, np.float32), np.diag([-4.0, -4.0, 3.0, 1.0]), "SUV")
+    folder = write_ct(tmp_path / "d", volume, modality="PT", extra=extra)
+    beds = ["114946.2", "114946.2", "120946.2", "120946.2"]
+    for number, time in enumerate(reversed(beds) if head_first else beds):
+        edit(folder, number, AcquisitionTime=time)
+    np.testing.assert_allclose(read_volume(folder, PET).voxels, 1.0, rtol=1e-4)
 
 
 def test_nifti_units_and_notes(tmp_path: Path) -> None:
