@@ -102,7 +102,7 @@ def fine_tune(site: Site, config: RunConfig, arrays: dict[str, np.ndarray], run:
     dict of key to array
         The same keys; tasks that the hospital lacks keep their own.
     """
-    splits = training_splits(site, config)
+    splits = agreed_splits(site, config)
     own = {task: own_of(arrays, task) for task in splits}
     model = network_of(config, arrays, next(iter(splits))).to(site.device)
     optimiser = make_optimiser(model, config.train)

@@ -85,10 +85,13 @@ def spent(site: Site, split: PreparedSplit) -> str:
 def _problems(site: Site) -> Iterator[str]:
     for task, folder in site.data.items():
         try:
-            patients = training_split(folder).num_patients
+            split = training_split(folder)
         except ValueError as error:
             yield f"data.{task}, {folder}: {error}; tat data check and tat data prepare say more"
             continue
+        patients = split.num_patients
+        if split.task.name != task:
+            yield f"data.{task}: the folder holds {split.task.name}; correct site.yaml"
         if patients < site.minimum_patients:
             yield f"data.{task}: {patients} training patients, below minimum_patients {site.minimum_patients}: it takes no part"
         if site.privacy.required and patients * site.privacy.delta >= 1:

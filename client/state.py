@@ -41,7 +41,7 @@ def load_optimiser(site: Site, run: str, round_number: int, optimiser: torch.opt
 
 
 def save_optimiser(site: Site, run: str, round_number: int, optimiser: torch.optim.Optimizer) -> None:
-    """Keep the optimiser's state after a round; what is older than three rounds, or of runs long over, is removed.
+    """Keep the optimiser's state after a round; all but the last three, and those of runs long over, are removed.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def load_own(site: Site, run: str, round_number: int) -> dict[str, np.ndarray]:
 
 
 def save_own(site: Site, run: str, round_number: int, arrays: dict[str, np.ndarray]) -> None:
-    """Keep the parameters that never leave the site after a round."""
+    """Keep the parameters that never leave the site after a round; all but the last three are removed."""
     path = _file(site, run, round_number).with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_arrays(path, arrays)
@@ -78,9 +78,10 @@ def save_own(site: Site, run: str, round_number: int, arrays: dict[str, np.ndarr
 
 
 def _remove_old(newest: Path, round_number: int) -> None:
-    for old in newest.parent.glob(f"*{newest.suffix}"):
-        if int(old.stem) <= round_number - KEPT_ROUNDS:
-            old.unlink()
+    # Counted by the rounds that the site took part in: after a long absence the last one is old, and a repeated round needs it.
+    kept = sorted(path for path in newest.parent.glob(f"*{newest.suffix}") if int(path.stem) <= round_number)
+    for old in kept[:-KEPT_ROUNDS]:
+        old.unlink()
     for torn in newest.parent.glob(".*.tmp"):  # of a process that was killed; this round's may still be written by another
         if int(torn.name[1:7]) < round_number:
             torn.unlink(missing_ok=True)

@@ -239,7 +239,10 @@ def name_seed(name: str) -> int:
 
 
 def _split(site: Site, task: str, split: str) -> PreparedSplit:
-    return open_split(prepare(site.data[task]), split)
+    found = open_split(prepare(site.data[task]), split)
+    if found.task.name != task:
+        raise ValueError(f"site: expected {task} in data.{task}, got a data set of {found.task.name}; correct site.yaml")
+    return found
 
 
 def verified(instruction: Packet) -> dict[str, np.ndarray]:

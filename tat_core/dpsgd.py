@@ -102,15 +102,20 @@ class PatientSgd:
         for parameter, part in zip(parameters.values(), mean.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def statistics(self) -> dict[str, TaskStats]:
+    def statistics(self, count_in_all: int) -> dict[str, TaskStats]:
         """Noisy statistics of all steps so far, brought back into the range that they can have.
 
-        The count is the expected one: how many patients were really sampled is nobody's business. The gradient's length is not
-        among them: after clipping it says little.
+        The gradient's length is not among them: after clipping it says little.
+
+        Parameters
+        ----------
+        count_in_all : int
+            How many samples the run asks for, as if the site had them; the tasks get equal parts. How many patients a site has,
+            of which task, and how many were really sampled does not leave it.
         """
         stats = {}
         for task, sums in self._sums.items():
-            count = max(1, round(self._expected[task]))
+            count = max(1, count_in_all // len(self._sums))
             # A loss of zero would mean an endless weight to the balancer.
             scaled = np.clip(sums / self._expected[task], 1e-3 * _SCALES, _SCALES) * count
             stats[task] = TaskStats(count, *scaled.tolist())

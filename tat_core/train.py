@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ def train(
     optimiser : torch.optim.Optimizer, optional
         To go on with its state; a fresh AdamW otherwise.
     own : mapping of task name to (parameter name to tensor), optional
-        Parameters that each task has of its own, updated in place. A batch is then of one task, drawn uniformly.
+        Parameters that each task has of its own, updated in place. A batch is then of one task, drawn uniformly. The optimiser's
+        state of them is each task's own too, under the task's name in ``optimiser.state``, and so in its ``state_dict()``.
     task_weight : mapping of task name to float, optional
         Factor of each sample's loss by its task, where ``train.loss`` is l1; 1 where absent. It matters at sites with several
         tasks alone: Adam does not see a factor that all samples share.
@@ -115,11 +117,13 @@ def train(
     for done in range(num_steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(config, first_step + done, total)
-        drawn, task_own = splits, {}
+        task, drawn, task_own = "", splits, {}
         if own and any(own.values()):
             task = sorted(splits)[rng.integers(len(splits))]
             drawn, task_own = {task: splits[task]}, own[task]
-            _copy({name: model.get_parameter(name) for name in task_own}, task_own)
+        parameters = {name: model.get_parameter(name) for name in task_own}
+        _copy(parameters, task_own)
+        _give_state(optimiser.state, task, parameters)
         optimiser.zero_grad(set_to_none=True)
         if private is not None:
             private.set_gradients(model, drawn, config.patch_size, device)
@@ -134,11 +138,12 @@ def train(
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=config.proximal)
         optimiser.step()
-        _copy(task_own, {name: model.get_parameter(name) for name in task_own})
+        _copy(task_own, parameters)
+        _keep_state(optimiser.state, task, parameters)
         if on_step is not None:
             on_step(done + 1)
     if private is not None:
-        stats = private.statistics()
+        stats = private.statistics(num_steps * config.batch_size)
     return TrainResult(stats, num_steps, time.perf_counter() - started)
 
 
@@ -191,3 +196,20 @@ def _anchors(
 def _copy(to: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     for name, value in values.items():
         to[name].copy_(value)
+
+
+def _give_state(state: dict[Any, Any], task: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Let the optimiser go on with a task's state of its own parameters.
+
+    What was not kept by task, as of a site with one task before there was such a state, goes on with the task that comes first.
+    """
+    kept = state.get(task, {})
+    for name, parameter in parameters.items():
+        if name in kept:
+            state[parameter] = kept[name]
+
+
+def _keep_state(state: dict[Any, Any], task: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Put it away under the task's name: torch saves and loads what is not under a parameter as it is."""
+    if parameters:
+        state[task] = {name: state.pop(parameter) for name, parameter in parameters.items() if parameter in state}

@@ -25,8 +25,8 @@ from simulations.compare.report import choose_table, judge, write_report
 from simulations.hospitals import build_hospitals
 from simulations.processes import no_process_left, pool_of
 
-# Smaller patches than the preset's: the comparison takes hours as it is. Over its many steps a longer server's step is no better.
-COMMON = ("train.patch_size=48", "train.batch_size=2", "federation.server_lr=1")
+# Smaller patches than the preset's: the comparison takes hours as it is.
+COMMON = ("train.patch_size=48", "train.batch_size=2")
 FITTING = 1 / 3  # of the steps, where an arm fits the released model at each hospital
 
 

@@ -73,16 +73,12 @@ ARMS = {
     "without-awake": Arm(
         "ours, hypernetwork as published", "federated", ("model.task_code=false", "model.kernel_init=published")
     ),
-    "with-longer-step": Arm("ours, server's step 1.5", "federated", ("federation.server_lr=1.5",)),
+    "without-longer-step": Arm("ours, server's step 1", "federated", ("federation.server_lr=1",)),
     "with-half-updates": Arm("ours, updates in 16 bits", "federated", ("federation.update_precision=bf16",)),
     "with-sharing": Arm("ours, all but adapters shared by the tasks", "federated", SHARED),
     "with-all-shared": Arm("ours, everything shared by the tasks", "federated", (*SHARED, "federation.task_groups=[]")),
-    "with-sharing-and-balancer": Arm(
-        "ours, shared, shares by the closed-form balancer", "federated", (*SHARED, "balance.kind=closed_form")
-    ),
-    "with-sharing-and-turning": Arm(
-        "ours, shared, conflict-averse", "federated", (*SHARED, "federation.combination=conflict_averse")
-    ),
+    "with-balancer": Arm("ours, shared, shares by the closed-form balancer", "federated", (*SHARED, "balance.kind=closed_form")),
+    "with-turning": Arm("ours, shared, conflict-averse", "federated", (*SHARED, "federation.combination=conflict_averse")),
 }
 
 

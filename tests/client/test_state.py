@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from client.site import Site, load_site
-from client.state import load_optimiser, save_optimiser
+from client.state import load_optimiser, load_own, save_optimiser, save_own
 from client.work import handle, train_round
 from tat_core.checkpoint import arrays_of, model_hash
 from tat_core.config import RunConfig, load_config
+from tat_core.data.prepared import PreparedSplit, StoredCase
 from tat_core.model.tat import build_model
 from tat_core.packet import Packet
+from tat_core.tasks import TASKS
+from tat_core.train import make_optimiser, train
 
 RUN = "ab" * 16
 
@@ -106,3 +109,46 @@ def test_a_damaged_or_absent_state_means_a_fresh_optimiser(site: Site, damage: b
     fresh = torch.optim.AdamW([parameter])
     load_optimiser(site, RUN, 2, fresh)
     assert fresh.state_dict()["state"] == {}
+
+
+def test_each_tasks_optimiser_state_goes_on_from_the_disk(site: Site, config: RunConfig) -> None:
+    settings = replace(config.train, patch_size=16, schedule="constant")
+    images = np.random.default_rng(0).random((2, 1, 16, 16), np.float32)
+    splits = {task: PreparedSplit(TASKS[task], [StoredCase("c", "p", images)]) for task in ("CT", "MRI")}
+
+    def trained(pause: bool) -> dict[str, torch.Tensor]:
+        model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1))
+        torch.nn.init.constant_(model[0].weight, 0.1)
+        torch.nn.init.zeros_(model[0].bias)
+        optimiser, rng = make_optimiser(model, settings), np.random.default_rng(1)
+        own = {task: {"0.bias": torch.zeros(1)} for task in splits}
+        for round_number in (1, 2):
+            if pause and round_number == 2:
+                save_optimiser(site, RUN, 1, optimiser)
+                optimiser = make_optimiser(model, settings)
+                load_optimiser(site, RUN, 2, optimiser)
+            train(model, splits, settings, rng=rng, num_steps=8, optimiser=optimiser, own=own)
+        assert {"CT", "MRI"} < set(optimiser.state_dict()["state"])
+        return {"weight": model[0].weight.detach(), **{task: values["0.bias"] for task, values in own.items()}}
+
+    straight, paused = trained(pause=False), trained(pause=True)
+    assert all(torch.equal(paused[key], value) for key, value in straight.items())
+
+
+def _own_after(site: Site, number: int) -> list[float]:
+    return [float(value[0]) for value in load_own(site, RUN, number).values()]
+
+
+def test_a_round_after_a_long_absence_can_be_repeated_with_the_sites_own_parameters(site: Site) -> None:
+    for number in (4, 10):
+        save_own(site, RUN, number, {"a": np.full(1, number, np.float32)})
+    assert _own_after(site, 9) == [4]
+    (site.state_dir / "runs" / RUN / "000010.safetensors").write_bytes(b"damaged")
+    assert _own_after(site, 10) == [4]
+
+
+def test_the_sites_own_parameters_that_are_kept_are_bounded(site: Site) -> None:
+    for number in (1, 2, 6, 7, 20, 21):
+        save_own(site, RUN, number, {"a": np.full(1, number, np.float32)})
+    kept = sorted(path.name for path in (site.state_dir / "runs" / RUN).glob("*.safetensors"))
+    assert kept == ["000007.safetensors", "000020.safetensors", "000021.safetensors"]

@@ -15,6 +15,7 @@ import torch
 from client import alone, audit, work
 from client.alone import fine_tune_round, kept_model, train_alone
 from client.site import load_site
+from client.site_commands import _problems
 from client.work import describe, evaluate_round, handle, patient_bucket, train_round
 from server.harm import COMPARISON
 from server.strategy import run
@@ -158,6 +159,32 @@ def test_a_task_that_the_hospital_declines_is_not_trained(
     words = {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(model)}
     assert handle(train_round, both, config, Packet(model, {}, words)).error is None
     assert drawn == [{"CT"}]
+
+
+def test_a_task_that_the_hospital_declines_is_not_fitted_either(
+    smoke_hospitals: list[Path], config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ct, pet = (load_site(smoke_hospitals[i] / "site.yaml") for i in (0, 4))
+    both = replace(ct, data={**ct.data, **pet.data}, state_dir=tmp_path)
+    monkeypatch.setattr(work, "agreed_tasks", lambda *_: ("PET",))  # not the first of the two
+    config = replace(config, name="fitted", federation=replace(config.federation, fine_tune_steps=2))
+    model = for_tasks(give_own(arrays_of(build_model(config.model, 0)), config.tasks, ("adapter",)), ("PET",))
+    assert (
+        handle(fine_tune_round, both, config, Packet(model, {}, {**ABOUT, "round": 3, "base": model_hash(model)})).error is None
+    )
+    assert read_model(kept_model(both, config)).network("PET") is not None
+
+
+def test_a_folder_of_another_task_is_refused(
+    smoke_hospitals: list[Path], config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    ct, mri = (load_site(smoke_hospitals[i] / "site.yaml") for i in (0, 2))
+    swapped = replace(ct, data={"CT": mri.data["MRI"]})
+    base = arrays_of(build_model(config.model, 0))
+    instruction = Packet(base, {}, {**ABOUT, "steps": config.train.local_steps, "round": 1, "base": model_hash(base)})
+    assert handle(train_round, swapped, config, instruction).error == "BAD_INPUT"
+    assert "expected CT in data.CT, got a data set of MRI" in caplog.text
+    assert any("the folder holds MRI" in problem for problem in _problems(swapped))
 
 
 def test_a_site_keeps_the_released_model_fitted_to_its_own_images(

@@ -127,7 +127,7 @@ def test_an_empty_step_still_moves_the_model_by_noise_alone() -> None:
     private = PatientSgd(PrivacyConfig(enabled=True, noise_multiplier=1.0), 1.0, 1e-9)
     result = train(model, {"CT": split}, TRAIN, rng=np.random.default_rng(0), num_steps=2, private=private)
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
-    assert result.stats["CT"].count == 1
+    assert result.stats["CT"].count == 2 * TRAIN.batch_size
 
 
 def test_groups_that_are_not_trained_stay_to_the_bit() -> None:
@@ -198,9 +198,20 @@ def test_statistics_without_noise_are_the_exact_ones() -> None:
     private = PatientSgd(UNBOUNDED, 0.0, 1.0)
     private.set_gradients(model, {"CT": near}, TRAIN.patch_size)
     lq, hq = images_of(near)
-    stats = private.statistics()["CT"]
+    stats = private.statistics(3)["CT"]
     assert stats.count == 3
     assert stats.mean_input == pytest.approx(float(per_sample_l1(lq, hq).mean()), rel=1e-4)
+
+
+def test_counts_say_nothing_of_how_many_patients_a_site_has() -> None:
+    config = load_config("smoke", ["privacy.enabled=true", "privacy.noise_multiplier=1", "train.batch_size=3"])
+    counts = []
+    for number in (1, 2, 7):  # fewer than are asked for, and more
+        splits = {"CT": patients("CT", number), "MRI": patients("MRI", 2)}
+        private = patient_sgd(config, splits)
+        done = train(build_model(SMALL, seed=1), splits, config.train, rng=np.random.default_rng(0), num_steps=2, private=private)
+        counts.append({task: stats.count for task, stats in done.stats.items()})
+    assert counts == [{"CT": 3, "MRI": 3}] * 3
 
 
 def test_noise_is_standard_normal_and_never_the_same() -> None:
