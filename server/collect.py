@@ -159,17 +159,13 @@ def instruct(
 
 def listen(opened: OpenRound, sites: Sites) -> None:
     """Ask those who have not replied, and take what comes until all have, or the deadline is over with a quorum of each task."""
-    federation = opened.config.federation
     missing = {name: packet for name, packet in opened.instructions.items() if name not in opened.replies}
-    deadline = deadline_s(
-        opened.state.history, sorted(missing), federation.deadline_factor, federation.deadline_floor_s, federation.round_timeout_s
-    )
     started = time.perf_counter()
-    for news in sites.ask("train", missing, federation.round_timeout_s) if missing else ():
+    for news in sites.ask("train", missing, opened.config.federation.round_timeout_s) if missing else ():
         seconds = round(time.perf_counter() - started, 3)
         if news is not None:
             take(opened, *news, seconds)
-        if seconds > deadline and _has_quorum(opened):
+        if seconds > _deadline_s(opened, list(missing)) and _has_quorum(opened):
             break
 
 
@@ -231,6 +227,7 @@ def close(opened: OpenRound, members: Mapping[str, SiteInfo]) -> Collected:
         kind = NobodyRepliedError if opened.asked and not opened.faults else ValueError
         raise kind(f"round {opened.number}: expected at least one site's update, got none ({statuses}); see the sites' logs")
     silent = [name for name in opened.asked if records[name]["status"] in ("NO_REPLY", "late")]
+    history |= {name: history.get(name, SiteHistory()).missed() for name in silent}
     return Collected(replies, records, history, {name: dict(opened.instructions[name].config) for name in silent})
 
 
@@ -252,6 +249,13 @@ def _judge(opened: OpenRound, name: str, reply: Packet, instruction: Packet) -> 
     full = norm * correction
     clip = min(1.0, config.federation.clip_factor * usual / full) if usual and full else 1.0
     return fault, {"bytes": packed_bytes(reply.arrays), "steps": steps, "norm": norm, "scale": correction * clip}
+
+
+def _deadline_s(opened: OpenRound, members: list[str]) -> float:
+    federation = opened.config.federation
+    awaited = [name for name in members if name not in opened.replies and name not in opened.faults]
+    times = federation.deadline_factor, federation.deadline_floor_s, federation.round_timeout_s
+    return deadline_s(opened.state.history, members, awaited, *times)
 
 
 def _steps(state: ServerState, config: RunConfig, members: list[str]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 KEPT = 10
+NEW_ROUNDS = 3  # in which a site that has not trained yet gets the full time
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,20 @@ class SiteHistory:
         How long it took to reply, in all and divided by its local steps, likewise.
     strikes : int
         Rounds in a row whose reply the guard refused.
+    unheard : int
+        Rounds since its last good reply that closed without a word of it.
     """
 
     norms: tuple[float, ...] = ()
     seconds: tuple[float, ...] = ()
     step_seconds: tuple[float, ...] = ()
     strikes: int = 0
+    unheard: int = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nobody can say yet how long it takes."""
+        return not self.seconds and self.unheard < NEW_ROUNDS
 
     def accepted(self, norm: float, seconds: float, steps: int) -> SiteHistory:
         """After a good reply."""
@@ -39,6 +48,10 @@ class SiteHistory:
         """After a reply that the guard refused."""
         return replace(self, strikes=self.strikes + 1)
 
+    def missed(self) -> SiteHistory:
+        """After a round to which it did not reply in time."""
+        return replace(self, unheard=self.unheard + 1)
+
 
 def usual_norm(
     tasks: tuple[str, ...], history: Mapping[str, SiteHistory], tasks_of: Mapping[str, tuple[str, ...]]
@@ -49,21 +62,33 @@ def usual_norm(
     return statistics.median(norms) if norms else None
 
 
-def deadline_s(history: Mapping[str, SiteHistory], members: list[str], factor: float, floor_s: float, longest_s: float) -> float:
+def deadline_s(
+    history: Mapping[str, SiteHistory],
+    members: list[str],
+    awaited: list[str],
+    factor: float,
+    floor_s: float,
+    longest_s: float,
+) -> float:
     """How long to wait for a round: a multiple of what the slowest member usually takes.
+
+    A member of whom nobody knows how long it takes gets the longest, but only while it may still reply to this round, and only in
+    its first rounds: one that always refuses, or is always silent, must not keep all others waiting for whoever else is missing.
 
     Parameters
     ----------
     history, members
+    awaited : list of str
+        The members that have not answered yet, neither well nor badly.
     factor : float
         Of the slowest member's median duration.
     floor_s, longest_s : float
         Never less, never more; the longest is also what a round without any history gets.
     """
     usual = [statistics.median(history[name].seconds) for name in members if name in history and history[name].seconds]
-    if len(usual) < len(members):  # somebody new: nobody knows how long it takes
+    if not usual or any(history.get(name, SiteHistory()).is_new for name in awaited):
         return longest_s
-    return min(longest_s, max(floor_s, factor * max(usual, default=longest_s)))
+    return min(longest_s, max(floor_s, factor * max(usual)))
 
 
 def steps_for(site: str, members: list[str], history: Mapping[str, SiteHistory], local_steps: int) -> int:

@@ -28,6 +28,7 @@ from tat_core.config import RunConfig, config_from_dict, config_to_dict
 log = logging.getLogger("fed_tat.server")
 
 KEPT_STATES = 2
+FINISHED = "finished"
 AVERAGE, FIRST, SECOND = "average/", "first/", "second/"
 
 
@@ -184,13 +185,33 @@ def load_state(folder: Path) -> ServerState | None:
 
 
 def readmit(folder: Path, state: ServerState) -> ServerState:
-    """Forget the strikes of the sites that an operator let back with `tat run readmit`."""
-    history = dict(state.history)
-    for request in sorted((folder / "readmit").glob("*")):
-        history[request.name] = replace(history.get(request.name, SiteHistory()), strikes=0)
+    """Forget the strikes of the sites that an operator let back with `tat run readmit`.
+
+    A request is removed only once its outcome is on disk: after a kill in between it is granted again, which changes nothing.
+    """
+    requests = sorted((folder / "readmit").glob("*"))
+    if not requests:
+        return state
+    back = {request.name: replace(state.history.get(request.name, SiteHistory()), strikes=0) for request in requests}
+    state = replace(state, history={**state.history, **back})
+    save_state(folder, state)
+    for request in requests:
+        request.unlink(missing_ok=True)
         log.info("readmitted: %s", request.name)
-        request.unlink()
-    return replace(state, history=history)
+    return state
+
+
+def finish(folder: Path, state: ServerState) -> None:
+    """Mark the run as finished, when all else that it leaves behind is on disk."""
+    with replacing(folder / FINISHED) as temporary:
+        temporary.write_text(f"{state.round}\n")
+
+
+def finished_rounds(folder: Path) -> int:
+    """How many rounds a run had when it finished; 0 if it has not."""
+    path = folder / FINISHED
+    text = path.read_text(errors="replace").strip() if path.exists() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -247,7 +268,9 @@ def _flat(state: ServerState) -> dict[str, np.ndarray]:
 
 
 def _history(fields: dict[str, Any]) -> SiteHistory:
-    return SiteHistory(tuple(fields["norms"]), tuple(fields["seconds"]), tuple(fields["step_seconds"]), fields["strikes"])
+    norms, seconds, step_seconds = (tuple(fields[name]) for name in ("norms", "seconds", "step_seconds"))
+    unheard = fields.get("unheard", 0)  # states of an older version have none
+    return SiteHistory(norms, seconds, step_seconds, fields["strikes"], unheard)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:

@@ -69,8 +69,9 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
         if members != before:
             log.info("sites: %s", ", ".join(f"{name} ({'+'.join(info.tasks)})" for name, info in sorted(members.items())))
         came = {name: info for name, info in members.items() if before.get(name) != info}
+        state = journal.readmit(folder, state)
         try:
-            state = run_round(journal.readmit(folder, state), config, sites, members, came, folder)
+            state = run_round(state, config, sites, members, came, folder)
         except NobodyRepliedError as silence:
             if time.monotonic() - heard >= config.federation.patience_s:
                 raise
@@ -82,6 +83,7 @@ def run(config: RunConfig, sites: Sites, folder: Path) -> ServerState:
         released, members = read_model(folder / "model.safetensors").arrays, sites.members(config)
         scores = {name: ask_scores(kind, released, state, config, sites, members) for name, kind in models.items()}
         write_comparison(folder, {name: gain_by_site(found, config.tasks) for name, found in scores.items()})
+    journal.finish(folder, state)
     return state
 
 
@@ -93,6 +95,7 @@ def begin(config: RunConfig, folder: Path) -> ServerState:
                 f"resume: expected the configuration that {folder.name} was started with, got another; "
                 "use the same preset and overrides (only names, folders, num_sites and waiting times may change)"
             )
+        (folder / journal.FINISHED).unlink(missing_ok=True)  # if the last states are damaged, it takes rounds anew
         journal.remove_leftovers(folder)
         state = journal.load_state(folder)
         journal.rewind_record(folder, state.round if state else 0)

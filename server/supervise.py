@@ -14,7 +14,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from server.consortium import AUTHORITY, COORDINATOR, active_keys, expiries, utc_now
 from server.coordinator import CoordinatorConfig, proxy_command, proxy_configuration, superlink_command
-from server.harm import COMPARISON, wanted_models
+from server.journal import finished_rounds
 from server.service import FIRST_PAUSE_S, LONGEST_PAUSE_S, Service
 from server.superlink import control, register_only, run_status, start_run
 from tat_core.files import hold, write_file
@@ -131,14 +131,13 @@ class _Coordinator:
 
 
 class _Run:
-    """The run: submitted, watched, and submitted again until its record says that it is finished."""
+    """The run: submitted, watched, and submitted again until it says itself that it has finished."""
 
     def __init__(self, config: CoordinatorConfig) -> None:
         run = config.run
         assert run is not None, "made for a coordinator that has a run"
         self._preset, self._overrides = run.preset, shlex.join(config.run_overrides)
         self._folder, self._num_rounds = Path(run.output_dir) / run.name, run.num_rounds
-        self._compares = len(wanted_models(run.federation)) > 1
         self._id: int | None = None
         self._next_start, self._pause, self._rounds = 0.0, FIRST_PAUSE_S, 0
 
@@ -173,5 +172,5 @@ class _Run:
         return len(read_record(self._folder).rounds) if is_run(self._folder) else 0
 
     def _is_finished(self) -> bool:
-        compared = not self._compares or (self._folder / COMPARISON).exists()
-        return self._rounds_done() >= self._num_rounds and compared
+        """By the run's own word: the last round's line in the record is older than its state, its model and the comparison."""
+        return finished_rounds(self._folder) >= self._num_rounds

@@ -15,6 +15,7 @@ from rule_sites import SITES, RuleSites, good_reply
 
 from server import journal
 from server.collect import NobodyRepliedError
+from server.history import NEW_ROUNDS, SiteHistory
 from server.sites import SiteInfo
 from server.strategy import begin, run
 from tat_core.checkpoint import model_hash, read_model
@@ -24,6 +25,12 @@ from tat_core.packet import Packet
 
 def _records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def _loaded(folder: Path) -> journal.ServerState:
+    state = journal.load_state(folder)
+    assert state is not None
+    return state
 
 
 def _run_and_die(config: RunConfig, folder: Path, site: str, number: int) -> None:
@@ -109,7 +116,7 @@ def test_a_late_reply_that_is_not_wanted_is_on_record(config: RunConfig, tmp_pat
         assert (facts["status"], facts["late_reply"]) == ("ok", outcome)
 
 
-@pytest.mark.parametrize("status", ["LEFT_OUT", "SITE_IO"])
+@pytest.mark.parametrize("status", ["LEFT_OUT", "SITE_IO", "METRICS_WITHHELD"])
 def test_a_site_that_cannot_reply_does_not_hold_the_round_open(config: RunConfig, tmp_path: Path, status: str) -> None:
     """Its task can have no quorum; waiting for one would cost the whole time limit every round."""
     federation = replace(config.federation, deadline_floor_s=0.05, deadline_factor=1.0, max_strikes=1)
@@ -124,7 +131,7 @@ def test_a_site_that_cannot_reply_does_not_hold_the_round_open(config: RunConfig
                 if news is not None and kind == "train" and news[0] == "d-pet":
                     if status == "LEFT_OUT" and number == 1:
                         news = "d-pet", replace(news[1], config={})
-                    elif status == "SITE_IO" and number == 3:
+                    elif status == "METRICS_WITHHELD" or (status == "SITE_IO" and number == 3):
                         news = "d-pet", Packet(config={"error": status})
                 if not (news is not None and kind == "train" and news[0] == "b-ct" and number == 3):
                     yield news
@@ -139,6 +146,28 @@ def test_a_site_that_cannot_reply_does_not_hold_the_round_open(config: RunConfig
     statuses = {name: facts["status"] for name, facts in _records(tmp_path / "run")[2]["sites"].items()}
     assert statuses == {"a-ct": "ok", "b-ct": "NO_REPLY", "c-mri": "ok", "d-pet": status}
     assert sites.waited < 50
+
+
+def test_a_site_that_never_replies_is_waited_for_in_its_first_rounds_only(config: RunConfig, tmp_path: Path) -> None:
+    federation = replace(config.federation, deadline_floor_s=0.05, deadline_factor=1.0)
+    config = replace(config, num_rounds=NEW_ROUNDS + 2, federation=federation)
+
+    class Mute(RuleSites):
+        def __init__(self) -> None:
+            super().__init__()
+            self.waited = dict.fromkeys(range(1, config.num_rounds + 1), 0)
+
+        def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+            number = int(next(iter(instructions.values())).config["round"])
+            yield from super().ask(kind, {k: p for k, p in instructions.items() if kind != "train" or k != "b-ct"}, timeout_s)
+            for _ in range(40 if kind == "train" else 0):
+                time.sleep(0.01)
+                self.waited[number] += 1
+                yield None
+
+    sites = Mute()
+    run(config, sites, tmp_path / "run")
+    assert [polls == 40 for polls in sites.waited.values()] == [True] * NEW_ROUNDS + [False] * 2
 
 
 def test_half_of_the_sites_gone_for_two_rounds(config: RunConfig, tmp_path: Path) -> None:
@@ -205,6 +234,17 @@ def test_a_manifest_that_was_changed_is_found_out(config: RunConfig, tmp_path: P
     state = journal.load_state(tmp_path / "run")
     assert state is not None
     assert state.round == 2
+
+
+def test_a_state_of_an_older_version_is_read(config: RunConfig, tmp_path: Path) -> None:
+    state = replace(begin(config, tmp_path / "run"), history={"b-ct": SiteHistory((1.0,), (2.0,), (0.5,), 1, 2)})
+    journal.save_state(tmp_path / "run", state)
+    assert _loaded(tmp_path / "run").history == state.history
+    path = tmp_path / "run" / "journal" / "000000.json"
+    manifest = json.loads(path.read_text())
+    del manifest["seal"], manifest["history"]["b-ct"]["unheard"]
+    path.write_text(json.dumps({**manifest, "seal": journal._seal(manifest)}))
+    assert _loaded(tmp_path / "run").history == {"b-ct": SiteHistory((1.0,), (2.0,), (0.5,), 1)}
 
 
 @pytest.mark.parametrize("torn", [b'{"round": 2, "tas', b"\0\0\0\0\n", b"\xff\xfe{\n", b"[1, 2]\n", b'{"seconds": 1}\n'])

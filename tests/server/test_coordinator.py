@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import io
 import os
@@ -13,6 +14,7 @@ import threading
 import time
 import tomllib
 import zipfile
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -20,12 +22,16 @@ import pytest
 import yaml
 from flwr.cli.build import build_fab_from_files
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from rule_sites import RuleSites
 
+import server
+from server import journal, strategy
 from server.consortium import found, utc_now
 from server.coordinator import EXAMPLE, FILE, CoordinatorConfig, proxy_command, proxy_configuration, read_coordinator
 from server.service import MARK, Service
 from server.superlink import PROJECT
-from server.supervise import supervise
+from server.supervise import _Run, supervise
+from tat_core.checkpoint import read_model
 from tat_core.code import CODE_HEADER, code_hash
 from tat_core.files import hold
 
@@ -71,6 +77,96 @@ def test_one_for_each_folder(tmp_path: Path) -> None:
         assert lock is not None
         with pytest.raises(ValueError, match="expected to be the only one for"):
             supervise(CoordinatorConfig(tmp_path), threading.Event())
+
+
+class _SuperLink:
+    """What the supervisor asks of a SuperLink, which says of every run that it has ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.submitted = 0
+        monkeypatch.setattr("server.supervise.start_run", self._start)
+        monkeypatch.setattr("server.supervise.run_status", lambda _client, _id: ("finished", "said the SuperLink"))
+
+    def _start(self, *_arguments: object) -> int:
+        self.submitted += 1
+        return self.submitted
+
+
+def _coordinator(folder: Path, num_rounds: int = 2) -> CoordinatorConfig:
+    overrides = ["name=run", f"num_rounds={num_rounds}", "federation.baseline=false", "federation.fine_tune_steps=0"]
+    (folder / FILE).write_text(yaml.safe_dump({"preset": "smoke", "overrides": overrides}))
+    return read_coordinator(folder / FILE)
+
+
+def _train(config: CoordinatorConfig) -> None:
+    run = config.run
+    assert run is not None
+    strategy.run(run, RuleSites(), Path(run.output_dir) / run.name)
+
+
+def _fill_up(patch: pytest.MonkeyPatch, unwritten: str, round_number: int) -> None:
+    """Leave no room for what a function of the server writes after a round."""
+    write = attrgetter(unwritten)(server)
+
+    def may_write(*arguments: object) -> None:
+        if any(getattr(argument, "round", 0) == round_number for argument in arguments):
+            raise OSError(errno.ENOSPC, "no space left on device")
+        write(*arguments)
+
+    patch.setattr(f"server.{unwritten}", may_write)
+
+
+@pytest.mark.parametrize("unwritten", ["journal.save_state", "strategy.release", "journal.finish"])
+def test_a_run_without_the_last_rounds_model_has_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unwritten: str
+) -> None:
+    """The disk fills up once the last round is on record; there is room when the run is submitted again."""
+    config = _coordinator(tmp_path)
+    run, superlink = _Run(config), _SuperLink(monkeypatch)
+    with monkeypatch.context() as patch:
+        _fill_up(patch, unwritten, 2)
+        with pytest.raises(OSError, match="no space"):
+            _train(config)
+    assert not run.tend(None)
+    assert superlink.submitted == 1
+    _train(config)
+    assert not run.tend(None)  # it sees that the run has ended
+    assert run.tend(None)
+    assert superlink.submitted == 1
+    assert read_model(tmp_path / "runs" / "run" / "model.safetensors").metadata["extra"]["round"] == 2
+
+
+def test_a_finished_run_is_not_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, superlink = _coordinator(tmp_path), _SuperLink(monkeypatch)
+    _train(config)
+    assert _Run(config).tend(None)
+    assert superlink.submitted == 0
+    assert not _Run(_coordinator(tmp_path, num_rounds=3)).tend(None)
+    assert superlink.submitted == 1
+
+
+def test_a_run_that_finished_before_there_was_a_marker_is_submitted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, superlink = _coordinator(tmp_path), _SuperLink(monkeypatch)
+    _train(config)
+    (tmp_path / "runs" / "run" / journal.FINISHED).unlink()
+    run = _Run(config)
+    assert not run.tend(None)
+    _train(config)
+    assert not run.tend(None)
+    assert run.tend(None)
+    assert superlink.submitted == 1
+
+
+def test_a_run_that_goes_on_has_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last state is damaged, so that it takes the last round again, and ends in it."""
+    config = _coordinator(tmp_path)
+    _train(config)
+    (tmp_path / "runs" / "run" / "journal" / "000002.json").write_text("{")
+    with monkeypatch.context() as patch:
+        _fill_up(patch, "journal.save_state", 2)
+        with pytest.raises(OSError, match="no space"):
+            _train(config)
+    assert journal.finished_rounds(tmp_path / "runs" / "run") == 0
 
 
 DETACHES_AND_DIES = """

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from server.history import SiteHistory, deadline_s, steps_for
+from server.history import NEW_ROUNDS, SiteHistory, deadline_s, steps_for
 from server.optimise import Moments, advance
 
 
@@ -33,10 +33,19 @@ def test_adam_is_fedadam_of_the_paper() -> None:
 
 def test_the_deadline_follows_the_slowest_and_waits_for_the_unknown() -> None:
     history = {"a": SiteHistory(seconds=(10.0, 12.0, 300.0)), "b": SiteHistory(seconds=(30.0,))}
-    assert deadline_s(history, ["a", "b"], 3.0, 60.0, 3600.0) == pytest.approx(90.0)
-    assert deadline_s(history, ["a"], 3.0, 60.0, 3600.0) == pytest.approx(60.0)
-    assert deadline_s(history, ["a", "b"], 3.0, 60.0, 80.0) == pytest.approx(80.0)
-    assert deadline_s(history, ["a", "new"], 3.0, 60.0, 3600.0) == pytest.approx(3600.0)
+    assert deadline_s(history, ["a", "b"], ["a", "b"], 3.0, 60.0, 3600.0) == pytest.approx(90.0)
+    assert deadline_s(history, ["a"], ["a"], 3.0, 60.0, 3600.0) == pytest.approx(60.0)
+    assert deadline_s(history, ["a", "b"], ["a", "b"], 3.0, 60.0, 80.0) == pytest.approx(80.0)
+    assert deadline_s(history, ["a", "new"], ["a", "new"], 3.0, 60.0, 3600.0) == pytest.approx(3600.0)
+
+
+def test_the_deadline_waits_for_nobody_who_has_answered_or_never_does() -> None:
+    history = {"a": SiteHistory(seconds=(30.0,)), "mute": SiteHistory(unheard=NEW_ROUNDS - 1)}
+    assert deadline_s(history, ["a", "new"], ["a"], 3.0, 60.0, 3600.0) == pytest.approx(90.0)
+    assert deadline_s(history, ["a", "mute"], ["mute"], 3.0, 60.0, 3600.0) == pytest.approx(3600.0)
+    history["mute"] = history["mute"].missed()
+    assert deadline_s(history, ["a", "mute"], ["mute"], 3.0, 60.0, 3600.0) == pytest.approx(90.0)
+    assert deadline_s(history, ["mute"], ["mute"], 3.0, 60.0, 3600.0) == pytest.approx(3600.0)
 
 
 def test_a_slow_site_gets_what_its_median_fellow_has_time_for() -> None:
