@@ -328,3 +328,8 @@ def test_derived_series_is_as_valid_as_its_source(tmp_path: Path, model_file: Pa
     before = complaints(sorted(source.iterdir())[0])
     for folder in result.outputs:
         assert complaints(folder / "0000.dcm") - before == set()
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device: expected one of this computer, got 'toaster'"):
+        restore_study(tmp_path, tmp_path / "model.safetensors", tmp_path / "out", RestoreOptions(device="toaster"))
