@@ -16,7 +16,7 @@ from client.doctor_network import check_clock, check_dns, check_key, check_proxy
 from client.finding import Finding, failed, passed, warning
 from client.site import Site
 from tat_core.data.dataset import open_data_set
-from tat_core.data.prepared import leak_is_declared, leaks
+from tat_core.data.prepared import undeclared_leaks
 
 LITTLE_GB, TOO_LITTLE_GB = 10.0, 1.0
 
@@ -80,7 +80,7 @@ def check_data(task: str, folder: Path) -> Finding:
     text = f"{count['train']} cases to train on, {count['validation']} to validate on, {len(data.quarantine)} in quarantine"
     if data.task.name != task:
         return failed(name, f"the folder holds {data.task.name}; correct data in site.yaml")
-    if leaks(data) and not leak_is_declared(data):
+    if undeclared_leaks(data):
         return failed(name, f"a patient is in several splits; see `tat data check {folder}`")
     if not count["train"]:
         return failed(name, f"{text}; see `tat data check {folder}`")

@@ -267,9 +267,14 @@ def count_bad(data: DataSet, bad: Collection[str]) -> tuple[int, int]:
     return sum(name in bad for name in used), len(used)
 
 
+def undeclared_leaks(data: DataSet) -> int:
+    """How many patients are in several splits, where dataset.json does not say so."""
+    return 0 if leak_is_declared(data) else len(leaks(data))
+
+
 def _refuse_leak(data: DataSet) -> None:
-    leaking = len(leaks(data))
-    if leaking and not leak_is_declared(data):
+    leaking = undeclared_leaks(data)
+    if leaking:
         raise ValueError(
             f"prepare: expected each patient in one split, got {leaking} in several; move all cases of a patient to one split"
         )

@@ -49,6 +49,23 @@ class RuleSites:
             yield (name, answer) if answer is not None else None
 
 
+class CutOff(RuleSites):
+    """Nobody is reached the first times that round 2 is asked for."""
+
+    def __init__(
+        self, silent_times: int, tamper: Callable[[str, int, Packet], Packet | None] = lambda _name, _round, reply: reply
+    ) -> None:
+        super().__init__(tamper)
+        self.silent_times = silent_times
+
+    def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
+        number = next(iter(instructions.values())).config["round"]
+        if (kind, number) == ("train", 2) and self.silent_times:
+            self.silent_times -= 1
+            return
+        yield from super().ask(kind, instructions, timeout_s)
+
+
 def good_reply(name: str, instruction: Packet) -> Packet:
     number = int(instruction.config["round"])
     rng = np.random.default_rng([sum(name.encode()), number])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rule_sites import SITES, RuleSites, good_reply
+from rule_sites import SITES, CutOff, RuleSites, good_reply
 
 from server import journal
 from server.collect import NobodyRepliedError
@@ -181,22 +181,12 @@ def test_half_of_the_sites_gone_for_two_rounds(config: RunConfig, tmp_path: Path
 def test_a_round_in_which_nobody_is_reached_is_asked_again(config: RunConfig, tmp_path: Path) -> None:
     config = replace(config, federation=replace(config.federation, patience_s=60.0))
 
-    class CutOff(RuleSites):
-        silent = 3
-
-        def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
-            number = next(iter(instructions.values())).config["round"]
-            if (kind, number) == ("train", 2) and self.silent:
-                self.silent -= 1
-                return
-            yield from super().ask(kind, instructions, timeout_s)
-
-    state = run(config, CutOff(), tmp_path / "cut-off")
+    state = run(config, CutOff(3), tmp_path / "cut-off")
     assert model_hash(state.model) == model_hash(run(config, RuleSites(), tmp_path / "whole").model)
     assert [record["round"] for record in _records(tmp_path / "cut-off")] == [1, 2, 3]
     impatient = replace(config, federation=replace(config.federation, patience_s=0.0))
     with pytest.raises(NobodyRepliedError, match="round 2: expected at least one site's update"):
-        run(impatient, CutOff(), tmp_path / "impatient")
+        run(impatient, CutOff(3), tmp_path / "impatient")
 
 
 def test_sites_that_all_fail_stop_the_run_at_once(config: RunConfig, tmp_path: Path) -> None:

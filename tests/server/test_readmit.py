@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rule_sites import RuleSites
+from rule_sites import CutOff, RuleSites
 
 from server import journal
 from server.history import SiteHistory
@@ -38,17 +38,7 @@ def _stale_and_readmitted(folder: Path) -> Callable[[str, int, Packet], Packet]:
 def test_a_readmission_survives_a_round_in_which_nobody_is_reached(config: RunConfig, tmp_path: Path) -> None:
     config = replace(config, federation=replace(config.federation, patience_s=60.0, max_strikes=1))
 
-    class CutOff(RuleSites):
-        silent = 1
-
-        def ask(self, kind: str, instructions: Mapping[str, Packet], timeout_s: float) -> Iterator[tuple[str, Packet] | None]:
-            number = next(iter(instructions.values())).config["round"]
-            if (kind, number) == ("train", 2) and self.silent:
-                self.silent -= 1
-                return
-            yield from super().ask(kind, instructions, timeout_s)
-
-    run(config, CutOff(_stale_and_readmitted(tmp_path / "run")), tmp_path / "run")
+    run(config, CutOff(1, _stale_and_readmitted(tmp_path / "run")), tmp_path / "run")
     assert _statuses(tmp_path / "run") == ["STALE", "ok", "ok"]
 
 
