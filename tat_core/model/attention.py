@@ -89,7 +89,7 @@ def cells(size: int, window: int, most: int | None = None) -> Cells:
 
 def gram_and_squares(qk: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """(pixels, N, 2C) → qᵀk, (N, heads, c, c), and the channels' squared norms, (N, 2, heads, c), in fp32 or better."""
-    q, k = qk.unflatten(-1, (2, heads, -1)).permute(2, 1, 3, 0, 4)
+    q, k = _split_heads(qk, heads)
     if heads <= _FEW_HEADS:
         gram = torch.stack([torch.mm(q[n, h].T, k[n, h]) for n in range(len(q)) for h in range(heads)]).unflatten(0, (-1, heads))
     else:
@@ -146,8 +146,8 @@ class _Gram(torch.autograd.Function):
         grad = torch.empty_like(qkv)
         grad[..., 2 * channels :] = grad_v
         torch.mul(qkv[..., : 2 * channels], 2 * grad_squares.flatten(1), out=grad[..., : 2 * channels])
-        q, k = _split_heads(qkv, heads)
-        grad_q, grad_k = _split_heads(grad, heads)
+        q, k = _split_heads(qkv[..., : 2 * channels], heads)
+        grad_q, grad_k = _split_heads(grad[..., : 2 * channels], heads)
         if heads > _FEW_HEADS:
             grad_q.add_(k @ grad_gram.mT)
             grad_k.add_(q @ grad_gram)
@@ -158,11 +158,9 @@ class _Gram(torch.autograd.Function):
         return grad, None
 
 
-def _split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """(pixels, N, 3C) → q and k as views (N, heads, pixels, c)."""
-    pixels, num, channels = qkv.shape
-    q, k, _ = qkv.view(pixels, num, 3, heads, channels // 3 // heads).permute(2, 1, 3, 0, 4)
-    return q, k
+def _split_heads(qk: Tensor, heads: int) -> Tensor:
+    """(pixels, N, 2C) → q and k as views, (2, N, heads, pixels, c)."""
+    return qk.unflatten(-1, (2, heads, -1)).permute(2, 1, 3, 0, 4)
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
