@@ -16,6 +16,7 @@ from torch.nn.grad import conv2d_weight
 
 from tat_core.model.blocks import GateIn, GateOut, HeadTemperature, KernelMix, SharedKernel
 from tat_core.model.hypernet import TaskCode
+from tat_core.model.pointwise import Pointwise
 
 # Without the hypernetwork's own parameters among the wanted ones, no gradient leads through these to the image.
 _NO_WAY_TO_THE_IMAGE = (SharedKernel, KernelMix, TaskCode)
@@ -142,6 +143,7 @@ def _temperature(_: HeadTemperature, scores: Tensor, grad: Tensor) -> list[Tenso
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _linear,
+    Pointwise: _linear,
     GateIn: _gate_in,
     GateOut: _gate_out,
     nn.LayerNorm: _layer_norm,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tat_core.model.pointwise import pointwise_per_image
+
 _EPS = 1e-12
 _FEW_HEADS = 2  # up to which long matrices are multiplied one by one: as a batch they would be copied into another order first
 
@@ -44,7 +46,7 @@ def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, pr
     channels //= 3
     if height <= window and width <= window:
         gram, squares, v = _Gram.apply(qkv.flatten(0, 1), heads)
-        return weigh(v, attention_maps(gram, squares, temperature, project)).view(height, width, batch, channels)
+        return pointwise_per_image(v, attention_maps(gram, squares, temperature, project)).view(height, width, batch, channels)
 
     rows, cols = cells(height, window), cells(width, window)
     cover = torch.kron(rows.cover, cols.cover).to(qkv.device)
@@ -52,7 +54,7 @@ def channel_attention(qkv: Tensor, heads: int, window: int, temperature: Map, pr
         *(_Gram.apply(qkv[row, col].flatten(0, 1), heads) for row in rows.cuts for col in cols.cuts), strict=True
     )
     maps = attention_maps(sum_over_windows(grams, cover), sum_over_windows(squares, cover), temperature, project)
-    outs = map(weigh, values, mean_over_windows(maps, cover))
+    outs = map(pointwise_per_image, values, mean_over_windows(maps, cover))
     bands = [torch.cat([next(outs).unflatten(0, (-1, col.stop - col.start)) for col in cols.cuts], 1) for _ in rows.cuts]
     return torch.cat(bands)
 
@@ -115,15 +117,10 @@ def mean_over_windows(maps: Tensor, cover: Tensor) -> Tensor:
 
 
 def attention_maps(gram: Tensor, squares: Tensor, temperature: Map, project: Map) -> Tensor:
-    """(N, heads, c, c) and (N, 2, heads, c) → (N, C, C), by which v is multiplied."""
+    """(N, heads, c, c) and (N, 2, heads, c) → (N, C, C), by which each pixel of v is multiplied."""
     norms = squares.clamp_min(_EPS**2).sqrt()
     maps = temperature(gram / (norms[:, 0, :, :, None] * norms[:, 1, :, None, :])).softmax(-1)
     return project(_block_diagonal(maps.transpose(-2, -1)))
-
-
-def weigh(v: Tensor, maps: Tensor) -> Tensor:
-    """(pixels, N, C) and (N, C, C) → (pixels, N, C)."""
-    return torch.bmm(v.transpose(0, 1), maps).transpose(0, 1)
 
 
 class _Gram(torch.autograd.Function):

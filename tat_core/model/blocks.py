@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tat_core.model import strips
 from tat_core.model.attention import channel_attention
 from tat_core.model.depthwise import depthwise_per_image, gated_gelu
+from tat_core.model.pointwise import Pointwise, pointwise
 
 
 def conv3x3(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2d:
@@ -92,10 +93,10 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, window: int, adaptive: bool) -> None:
         super().__init__()
         self.heads, self.window = heads, window
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.qkv = Pointwise(channels, 3 * channels)
         self.depthwise = KernelMix(3 * channels, std=1.0) if adaptive else SharedKernel(3 * channels)
         self.temperature = HeadTemperature(heads)
-        self.project = nn.Linear(channels, channels, bias=False)
+        self.project = Pointwise(channels, channels)
 
     def forward(self, x: Tensor, generated: Tensor | None) -> Tensor:
         """(H, W, B, C) features, (B, 3C, 3, 3) generated kernels or None → (H, W, B, C)."""
@@ -108,29 +109,29 @@ class Attention(nn.Module):
         return strips.attend(x, norm, part, self.window, self.heads, self.temperature, self.project)
 
 
-class GateIn(nn.Linear):
+class GateIn(Pointwise):
     """The feed-forward's 1×1 convolution into gate and value, each widened by zero channels to an aligned width.
 
     The published widths are odd numbers (127, 255, 1021); aligned ones save 11 % of a training step (docs/performance.md).
     """
 
     def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__(channels, 2 * hidden, bias=False)
+        super().__init__(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) → (..., 2·aligned hidden)."""
-        return F.linear(x, widen_halves(self.weight))
+        return pointwise(x, widen_halves(self.weight))
 
 
-class GateOut(nn.Linear):
+class GateOut(Pointwise):
     """The feed-forward's last 1×1 convolution; ignores the zero channels."""
 
     def __init__(self, hidden: int, channels: int) -> None:
-        super().__init__(hidden, channels, bias=False)
+        super().__init__(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., aligned hidden) → (..., C)."""
-        return F.linear(x, self.widened(x.shape[-1]))
+        return pointwise(x, self.widened(x.shape[-1]))
 
     def widened(self, width: int) -> Tensor:
         """The weight with zero columns up to a width."""

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tat_core.model.attention import attention_maps, cells, gram_and_squares, mean_over_windows, sum_over_windows, weigh
+from tat_core.model.attention import attention_maps, cells, gram_and_squares, mean_over_windows, sum_over_windows
 from tat_core.model.depthwise import depthwise_per_image
+from tat_core.model.pointwise import pointwise, pointwise_per_image
 
 _STRIP_BYTES = 2**24  # of widened features: smaller strips are hardly faster, and much slower beside a busy neighbour
 _FEWEST_ROWS = 4
@@ -42,7 +43,7 @@ def attend(x: Tensor, norm: nn.Module, part: Part, window: int, heads: int, temp
     out = torch.empty_like(x)
     places = ((row, col) for row in rows.cuts for col in cols.cuts)
     for place, v, cell_maps in zip(places, values, mean_over_windows(maps, cover), strict=True):
-        torch.add(x[place], weigh(v, cell_maps).view(x[place].shape), out=out[place])
+        torch.add(x[place], pointwise_per_image(v, cell_maps).view(x[place].shape), out=out[place])
     return out
 
 
@@ -52,39 +53,26 @@ def feed_forward_(x: Tensor, norm: nn.Module, parts: Sequence[Part], project: Te
     The parts are those of gate and value, `project` is (C, wide). A strip is changed when no other needs what it was.
     """
     rows = cells(x.shape[0], x.shape[0], _strip_height(x, parts)).cuts
-    project = project.to(_precision(x)).T
+    project = project.to(_precision(x))
     for piece, (gate, value) in zip(rows, _widened(x, norm, parts, rows), strict=True):
-        x[piece] += torch.mm(F.gelu(gate).mul_(value).flatten(0, 2), project).view(x[piece].shape)
+        x[piece] += pointwise(F.gelu(gate).mul_(value), project)
     return x
 
 
 def _widened(x: Tensor, norm: nn.Module, parts: Sequence[Part], rows: Sequence[slice]) -> Iterator[list[Tensor]]:
-    """For each strip and part ``depthwise_per_image(F.linear(norm(x), weight), kernels)``, (rows, W, B, wide).
+    """For each strip and part ``depthwise_per_image(pointwise(norm(x), weight), kernels)``, (rows, W, B, wide).
 
     When a strip is given out, all rows up to the one below it have been read.
     """
-    height, width, batch, channels = x.shape
     dtype = _precision(x)
-    parts = [(weight.to(dtype).T, kernels.to(dtype)) for weight, kernels in parts]
-    most = max(piece.stop - piece.start for piece in rows)
-    # A strip's rows with the one above and the one below; outside of the image these are zero.
-    buffers = [x.new_empty(most + 2, width, batch, weight.shape[1], dtype=dtype) for weight, _ in parts]
-    for buffer in buffers:
-        buffer[0] = 0
-    have, end = 1, 0
+    parts = [(weight.to(dtype), kernels.to(dtype)) for weight, kernels in parts]
+    outside = x.new_zeros(1, *x.shape[1:], dtype=dtype)
+    strip, end = outside, 0
     for piece in rows:
-        start, end = end, min(piece.stop + 1, height)
-        need = piece.stop - piece.start + 2
-        rows_in = norm(x[start:end]).to(dtype).view(-1, channels)
-        strip = []
-        for buffer, (weight, kernels) in zip(buffers, parts, strict=True):
-            torch.mm(rows_in, weight, out=buffer[have : have + end - start].view(-1, weight.shape[1]))
-            if piece.stop == height:
-                buffer[need - 1] = 0
-            strip.append(depthwise_per_image(buffer[:need], kernels, pad_rows=0))
-            buffer[:2] = buffer[need - 2 : need].clone()
-        yield strip
-        have = 2
+        start, end = end, min(piece.stop + 1, len(x))
+        # The rows with the one above and the one below, which are widened twice: cheaper than to copy them when they are wide.
+        strip = torch.cat([strip[-2:], norm(x[start:end]).to(dtype), *[outside] * (piece.stop == len(x))])
+        yield [depthwise_per_image(pointwise(strip, weight), kernels, pad_rows=0) for weight, kernels in parts]
 
 
 def _strip_height(x: Tensor, parts: Sequence[Part]) -> int:

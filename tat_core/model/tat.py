@@ -11,6 +11,7 @@ from tat_core.config import ModelConfig
 from tat_core.model.blocks import Block, conv3x3, enlarge, shrink, to_features, to_images
 from tat_core.model.hypernet import Kernels, Tren
 from tat_core.model.init import wake
+from tat_core.model.pointwise import Pointwise
 
 MULTIPLE = 8
 MIN_SIDE = 16
@@ -45,16 +46,16 @@ class TAT(nn.Module):
         self.down3 = conv3x3(4 * dim, 2 * dim)
         self.latent = stage(3, 8 * dim, depth[3], adaptive=True)
         self.up3 = conv3x3(8 * dim, 16 * dim)
-        self.merge3 = nn.Linear(8 * dim, 4 * dim, bias=False)
+        self.merge3 = Pointwise(8 * dim, 4 * dim)
         self.decoder3 = stage(2, 4 * dim, depth[2], adaptive=True)
         self.up2 = conv3x3(4 * dim, 8 * dim)
-        self.merge2 = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.merge2 = Pointwise(4 * dim, 2 * dim)
         self.decoder2 = stage(1, 2 * dim, depth[1], adaptive=True)
         self.up1 = conv3x3(2 * dim, 4 * dim)
         self.decoder1 = stage(0, 2 * dim, depth[0], adaptive=True)
         self.refinement = stage(0, 2 * dim, config.num_refinement_blocks, adaptive=True)
         self.fuse = conv3x3(5 * dim, dim)
-        self.fuse_mix = nn.Linear(dim, dim, bias=False)
+        self.fuse_mix = Pointwise(dim, dim)
         self.output = conv3x3(dim, 1)
         widths = {
             name: (3 * factor * dim, 2 * int(factor * dim * config.ffn_expansion))
