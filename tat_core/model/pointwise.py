@@ -1,7 +1,7 @@
 """1×1 convolutions of (H, W, B, C) features: products of pixels by a matrix.
 
-Large ones in fp32 on a CPU go through oneDNN's convolution instead of torch's matrix product. That product is MKL's, which gives
-an AMD processor half of what its vector units can do: on a Zen 5 the convolution is 2.3 times as fast (docs/performance.md).
+Large ones in fp32 on an AMD processor with AVX-512 go through oneDNN's convolution instead of torch's matrix product. The latter
+is MKL's, which keeps AMD's processors to AVX2: on a Zen 5 the convolution is 2.3 times as fast (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _FEWEST_PRODUCTS = 2**22  # for each thread; below, a convolution's preparations cost more than it saves
+_BOUND_BY_MKL = torch.cpu.get_capabilities().get("avx512_f", False) and "AMD" in torch.cpu.get_capabilities()["cpu_name"]
 _IMAGES = 16  # of fewer, torch gives MKL a single thread's 1×1 convolution as well
 
 
@@ -42,7 +43,7 @@ def pointwise_per_image(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _by_convolution(x: Tensor, out_channels: int) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not _BOUND_BY_MKL or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     return x.numel() * out_channels >= torch.get_num_threads() * _FEWEST_PRODUCTS
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tat_core.model.pointwise
 from tat_core.model.pointwise import pointwise, pointwise_per_image
+
+
+@pytest.fixture(autouse=True)
+def an_amd_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tat_core.model.pointwise, "_BOUND_BY_MKL", True)
 
 
 def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -12,6 +18,9 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     convolve = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda images, *args, **more: calls.append(images.shape) or convolve(images, *args, **more))
     large, small, weight = torch.rand(128, 128, 2, 48), torch.rand(8, 8, 1, 48), torch.rand(256, 48)
+    with monkeypatch.context() as another:
+        another.setattr(tat_core.model.pointwise, "_BOUND_BY_MKL", False)
+        pointwise(large, weight)
     pointwise(small, weight)
     pointwise(large.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
