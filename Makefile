@@ -15,7 +15,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: .venv/installed  ## six hospitals train one network on sample images and compare (5 to 8 minutes on 2 CPU cores)
+demo: .venv/installed  ## six hospitals train one network on sample images and compare (4 to 8 minutes on 2 CPU cores)
 	$(BIN)/tat simulate preset=demo
 
 test: .venv/installed  ## the tests, without the long ones
