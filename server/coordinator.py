@@ -118,6 +118,11 @@ def superlink_command(config: CoordinatorConfig) -> list[str]:
     ]
 
 
+def proxy_executable() -> str | None:
+    """nginx, also where only root's path would find it."""
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
 def proxy_command(config: CoordinatorConfig) -> list[str]:
     """The command line of the reverse proxy.
 
@@ -126,7 +131,7 @@ def proxy_command(config: CoordinatorConfig) -> list[str]:
     ValueError
         nginx is not installed.
     """
-    executable = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    executable = proxy_executable()
     if executable is None:
         raise ValueError("coordinator: expected nginx, got none; install it, on Debian by `apt-get install nginx-light`")
     return [executable, "-p", str(config.folder / "proxy"), "-c", "nginx.conf", "-e", "error.log"]

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from simulations.bench.model import QUICK
+from simulations.bench.model import DEVICE, GPU, QUICK
 from tat_core.config import ModelConfig
 from tat_core.model.allocator import tune_allocator
 from tat_core.model.tat import build_model
 
 SEEDS = (0, 1, 2)
 ROWS = 10
-MOST_OF_NOISE = 1.0
+APART = "bf16 from fp32, of the distance between seeds"
+MOST_APART = 1.0
 
 
 def main() -> int:
@@ -36,37 +37,35 @@ def main() -> int:
     if steps < ROWS:
         parser.error(f"argument --steps: expected at least {ROWS}, got {steps}; a row of the table is a tenth of them")
     tune_allocator()
-    gpu = torch.cuda.is_available()
-    config, batch, side = (ModelConfig(), 12, 128) if gpu else (QUICK, 4, 64)
+    config, batch, side = (ModelConfig(), 12, 128) if GPU else (QUICK, 4, 64)
     curves = {
         precision: [loss_curve(replace(config, precision=precision), seed, steps, batch, side) for seed in SEEDS]
         for precision in ("fp32", "bf16")
     }
-    where = torch.cuda.get_device_name() if gpu else "CPU"
+    where = torch.cuda.get_device_name() if GPU else "CPU"
     table = Table("steps", *curves, title=f"{where}: mean loss over {len(SEEDS)} seeds, batches of {batch} × {side}²")
     for row in range(ROWS):
         part = slice(row * steps // ROWS, (row + 1) * steps // ROWS)
         table.add_row(f"{part.start + 1} to {part.stop}", *(f"{mean(mean(c[part]) for c in of):.5f}" for of in curves.values()))
     Console(width=100).print(table)
     figures = compare(curves["fp32"], curves["bf16"])
-    holds = figures["bf16 from fp32, of the distance between seeds"] <= MOST_OF_NOISE
-    targets = {"bf16 from fp32, of the distance between seeds": f"max {MOST_OF_NOISE}"}
+    holds = figures[APART] <= MOST_APART
+    targets = {APART: f"max {MOST_APART}"}
     print(json.dumps({"figures": figures, "targets": targets, "holds": holds}))
     return 0 if holds else 1
 
 
 def loss_curve(config: ModelConfig, seed: int, steps: int, batch: int, side: int) -> list[float]:
     """The L1 loss of each step of learning to take noise out of smooth images."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(seed)
-    model = build_model(config, seed).to(device)
+    model = build_model(config, seed).to(DEVICE)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-4, betas=(0.9, 0.99), fused=True)
     losses = []
     for _ in range(steps):
         coarse = torch.rand(batch, 1, 8, 8, generator=generator)
         hq = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
-        lq = (hq + 0.1 * torch.randn(hq.shape, generator=generator)).to(device)
-        loss = F.l1_loss(model(lq), hq.to(device))
+        lq = (hq + 0.1 * torch.randn(hq.shape, generator=generator)).to(DEVICE)
+        loss = F.l1_loss(model(lq), hq.to(DEVICE))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -81,7 +80,7 @@ def compare(exact: list[list[float]], rounded: list[list[float]]) -> dict[str, f
     return {
         "fp32, last third": mean(ends[0]),
         "bf16, last third": mean(ends[1]),
-        "bf16 from fp32, of the distance between seeds": apart / stdev(ends[0]),
+        APART: apart / stdev(ends[0]),
     }
 
 

@@ -55,6 +55,7 @@ class Case:
 
 
 GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 VARIANTS = {
     "published": Variant(ours=False, tuned=False),
     "published, our allocator": Variant(ours=False),
@@ -138,31 +139,30 @@ def measure(variant: str, case: str, quick: bool, threads: int) -> Measurement:
     if how.tuned:
         tune_allocator()
     torch.set_num_threads(threads)
-    device = "cuda" if GPU else "cpu"
     config = QUICK if quick else ModelConfig()
     state = to_published(build_model(config, seed=0))
-    lq = torch.rand(what.batch, 1, what.side, what.side, generator=torch.Generator().manual_seed(0)).to(device)
+    lq = torch.rand(what.batch, 1, what.side, what.side, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     parameters: list[torch.Tensor]
     call: Callable[[torch.Tensor], torch.Tensor]
     if how.ours:
-        model = from_published(state, replace(config, precision=how.precision, checkpointing=how.checkpointing)).to(device)
+        model = from_published(state, replace(config, precision=how.precision, checkpointing=how.checkpointing)).to(DEVICE)
         if not what.trains:
             model.prepare_to_restore()
         parameters, call = list(model.parameters()), model.__call__
     else:
-        state = {name: tensor.to(device).requires_grad_() for name, tensor in state.items()}
+        state = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in state.items()}
         parameters, call = list(state.values()), partial(restore, state)
     optimiser = torch.optim.AdamW(parameters, lr=2e-4, betas=(0.9, 0.99), fused=True if how.ours else None)
 
     def once() -> None:
-        rounds = not how.ours and how.precision == "bf16"  # ours does so by itself
-        with torch.set_grad_enabled(what.trains), torch.autocast(device, torch.bfloat16, enabled=rounds):
+        autocasts = not how.ours and how.precision == "bf16"  # ours does so by itself
+        with torch.set_grad_enabled(what.trains), torch.autocast(DEVICE, torch.bfloat16, enabled=autocasts):
             restored = call(lq)
         if what.trains:
             (restored - lq).abs().mean().backward()
             optimiser.step()
             optimiser.zero_grad()
-        if device == "cuda":
+        if GPU:
             torch.cuda.synchronize()
 
     once()
@@ -171,7 +171,7 @@ def measure(variant: str, case: str, quick: bool, threads: int) -> Measurement:
         started = time.perf_counter()
         once()
         seconds.append(time.perf_counter() - started)
-    if device == "cuda":
+    if GPU:
         return Measurement(min(seconds), torch.cuda.max_memory_allocated() / 2**20)
     return Measurement(min(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -180,7 +180,7 @@ def gemm_rate(dtype: torch.dtype, threads: int) -> float:
     """GFLOP/s of a large matrix product on this machine, the best of five by torch's and by ours: what the floor is made of."""
     torch.set_num_threads(threads)
     side = 4096
-    a, b = (torch.ones(side, side, dtype=dtype, device="cuda" if GPU else "cpu") for _ in range(2))
+    a, b = (torch.ones(side, side, dtype=dtype, device=DEVICE) for _ in range(2))
     ways: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [torch.mm, pointwise]
     seconds = []
     for product in ways * 5:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 from consortium import Consortium, hashes, post
 
+from server.coordinator import proxy_executable
 from server.strategy import run
 from simulations.inprocess import LocalSites
 from simulations.processes import no_process_left
@@ -31,7 +30,7 @@ FORBIDDEN = (
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None, reason="nginx is not installed")
+@pytest.mark.skipif(proxy_executable() is None, reason="nginx is not installed")
 def test_three_hospitals_behind_tls_end_in_the_bits_of_the_simulation(smoke_hospitals: list[Path], tmp_path: Path) -> None:
     hospitals = [smoke_hospitals[i] for i in (0, 2, 4)]
     consortium = Consortium(tmp_path, hospitals)

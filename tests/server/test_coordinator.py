@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import inspect
 import io
-import os
 import re
 import shutil
 import subprocess
@@ -27,7 +26,15 @@ from rule_sites import RuleSites
 import server
 from server import journal, strategy
 from server.consortium import found, utc_now
-from server.coordinator import EXAMPLE, FILE, CoordinatorConfig, proxy_command, proxy_configuration, read_coordinator
+from server.coordinator import (
+    EXAMPLE,
+    FILE,
+    CoordinatorConfig,
+    proxy_command,
+    proxy_configuration,
+    proxy_executable,
+    read_coordinator,
+)
 from server.service import MARK, Service
 from server.superlink import PROJECT
 from server.supervise import _Run, supervise
@@ -192,7 +199,7 @@ def test_what_a_dead_service_left_behind_ends_before_it_starts_again(tmp_path: P
 
 
 def test_the_proxys_configuration_is_valid_and_passes_what_a_node_calls(tmp_path: Path) -> None:
-    if shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+    if proxy_executable() is None:
         pytest.skip("nginx is not installed")
     found(tmp_path, ["localhost"], utc_now())
     config = CoordinatorConfig(tmp_path, listen="127.0.0.1:8443")
